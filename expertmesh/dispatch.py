@@ -1,0 +1,183 @@
+"""The order of a model's stages, written once and without IO, and the row arithmetic between them.
+
+`layer_loop` asks for stage calls and is sent their results. The full model answers it by calling its own
+stages, the gateway by RPC; both therefore compute the same thing in the same order.
+
+Arrays may be numpy's or torch's: nothing is used here but indexing, `*` and `+`, which are exact in IEEE 754
+and so give the same bits in both. This module opens no socket, imports no torch and knows no weights.
+
+Shapes: T token rows of all sequences, B sequences, D model width, E experts, K experts per token,
+N = T*K dispatched rows, sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = Any  # numpy.ndarray or torch.Tensor
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Asks for the embedding of `ids_T`, the token ids of B sequences one after another; answered by `x_TD`."""
+
+    ids_T: Array
+    lengths_B: Array
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Asks for attention and routing of one layer; answered by a `Gated`."""
+
+    layer: int
+    x_TD: Array
+    lengths_B: Array
+
+
+@dataclass(frozen=True)
+class Gated:
+    """What gating gives: the residual stream, the experts' input, and which expert serves which row how much.
+
+    `expert_ids_TK` ascend along K, so that the combine adds in ascending expert order.
+    """
+
+    residual_TD: Array
+    expert_input_TD: Array
+    expert_ids_TK: Array
+    weights_TK: Array
+
+
+@dataclass(frozen=True)
+class ApplyExperts:
+    """Asks for the experts of one layer; answered by rows in the same order.
+
+    `rows_ND` are sorted by expert: the first `counts_E[0]` belong to expert 0, and so on.
+    """
+
+    layer: int
+    rows_ND: Array
+    counts_E: Int64Array
+
+    def slices(self) -> list[tuple[int, slice]]:
+        """Gives (expert, rows) for every expert that has rows."""
+        ends_E = np.cumsum(self.counts_E)
+        return [
+            (int(expert), slice(int(ends_E[expert] - self.counts_E[expert]), int(ends_E[expert])))
+            for expert in np.flatnonzero(self.counts_E)
+        ]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Asks the head for the scores of every sequence; answered by a `Scores`."""
+
+    x_TD: Array
+    lengths_B: Array
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Logits and probabilities, one row per sequence, one column per class."""
+
+    logits_BC: Array
+    probabilities_BC: Array
+
+
+StageCall = Embed | Gate | ApplyExperts | Score
+LayerLoop = Generator[StageCall, Any, Scores]
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Where each (token, choice) pair goes: a permutation of N = T*K rows.
+
+    Attributes:
+        counts_E: Rows per expert.
+        row2token: Token of each dispatched row, sorted by expert.
+        choice2row_TK: Dispatched row of each (token, choice).
+    """
+
+    counts_E: Int64Array
+    row2token: Int64Array
+    choice2row_TK: Int64Array
+
+
+def plan_dispatch(expert_ids_TK: Array, experts: int) -> DispatchPlan:
+    """Sorts (token, choice) pairs by expert; tokens keep their order within an expert.
+
+    Args:
+        expert_ids_TK: Chosen experts; every id in [0, experts).
+        experts: Number of experts E of the layer.
+    """
+    ids_TK = np.asarray(expert_ids_TK)
+    tokens, choices = ids_TK.shape
+    row2choice = np.argsort(ids_TK.reshape(-1), kind="stable")
+    choice2row = np.empty(tokens * choices, dtype=np.int64)
+    choice2row[row2choice] = np.arange(tokens * choices)
+    return DispatchPlan(
+        counts_E=np.bincount(ids_TK.reshape(-1), minlength=experts).astype(np.int64),
+        row2token=row2choice // choices,
+        choice2row_TK=choice2row.reshape(tokens, choices),
+    )
+
+
+def combine(residual_TD: Array, expert_rows_ND: Array, weights_TK: Array, plan: DispatchPlan) -> Array:
+    """Adds the weighted expert rows to the residual: choice after choice, in ascending expert order, in fp32."""
+    routed_TD = weights_TK[:, :1] * expert_rows_ND[plan.choice2row_TK[:, 0]]
+    for choice in range(1, plan.choice2row_TK.shape[1]):
+        routed_TD = routed_TD + weights_TK[:, choice : choice + 1] * expert_rows_ND[plan.choice2row_TK[:, choice]]
+    return residual_TD + routed_TD
+
+
+def layer_loop(layers: int, experts: int, ids_T: Array, lengths_B: Array) -> LayerLoop:
+    """The way of a step through the model: embed, then per layer gate, dispatch and combine, then score.
+
+    Args:
+        layers: Number of layers.
+        experts: Number of experts per layer.
+        ids_T: Token ids of all sequences, one after another, without padding.
+        lengths_B: Tokens of each sequence; they sum to T.
+
+    Yields:
+        A `StageCall`; send its result back in.
+
+    Returns:
+        The `Scores` that the head gave.
+    """
+    x_TD = yield Embed(ids_T, lengths_B)
+    for layer in range(layers):
+        gated = yield Gate(layer, x_TD, lengths_B)
+        plan = plan_dispatch(gated.expert_ids_TK, experts)
+        rows_ND = yield ApplyExperts(layer, gated.expert_input_TD[plan.row2token], plan.counts_E)
+        x_TD = combine(gated.residual_TD, rows_ND, gated.weights_TK, plan)
+    scores: Scores = yield Score(x_TD, lengths_B)
+    return scores
+
+
+def drive(loop: LayerLoop, answer: Callable[[StageCall], Any]) -> Scores:
+    """Runs a layer loop to its end with a function that answers each call."""
+    call = next(loop)
+    while True:
+        try:
+            call = loop.send(answer(call))
+        except StopIteration as stop:
+            scores: Scores = stop.value
+            return scores
+
+
+async def drive_async(loop: LayerLoop, answer: Callable[[StageCall], Awaitable[Any]]) -> Scores:
+    """Runs a layer loop to its end with a coroutine that answers each call."""
+    call = next(loop)
+    while True:
+        result = await answer(call)
+        try:
+            call = loop.send(result)
+        except StopIteration as stop:
+            scores: Scores = stop.value
+            return scores

@@ -1,0 +1,83 @@
+"""The errors that expertmesh raises on purpose, and the gRPC status that each one becomes.
+
+    MeshError
+    ├── InvalidInput        INVALID_ARGUMENT     the caller's fault; `field` names what was wrong
+    ├── WrongPart           FAILED_PRECONDITION  a service was asked for a part it does not hold
+    ├── Overloaded          RESOURCE_EXHAUSTED   try again after `retry_after_s`
+    ├── Unavailable         UNAVAILABLE          no replica of a stage answers; `stage` names it
+    ├── DeadlineExceeded    DEADLINE_EXCEEDED    the caller's time is over
+    ├── CorruptReply        DATA_LOSS            a replica answered with something that cannot be right
+    └── SetupError          (never on the wire)  a program cannot start: settings, files, ports
+        └── BadCheckpoint                        a model folder is missing, damaged or not understood
+
+The translation to a status lives in `expertmesh.rpc.errors`; this module knows no gRPC.
+"""
+
+from __future__ import annotations
+
+
+class MeshError(Exception):
+    """Base of every error that expertmesh raises on purpose; its text is fit to be shown to a caller."""
+
+
+class InvalidInput(MeshError):
+    """The request cannot be served as it is.
+
+    Args:
+        message: What is wrong and what to do about it.
+        field: The request field at fault, in the notation of `google.rpc.BadRequest` (`texts[3]`).
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class WrongPart(MeshError):
+    """A service was asked for a layer or an expert that it does not hold."""
+
+
+class Overloaded(MeshError):
+    """More work is waiting than can be served in time.
+
+    Args:
+        message: What is full.
+        retry_after_s: When trying again makes sense, in seconds.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(MeshError):
+    """No replica of a stage answered.
+
+    Args:
+        message: What was tried.
+        stage: The stage, as the mesh file names it (`gating`, `expert-3`).
+        layer: The layer that was asked for, where the stage is an expert.
+        expert: The expert that was asked for, where the stage is an expert.
+    """
+
+    def __init__(self, message: str, stage: str, layer: int | None = None, expert: int | None = None) -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.layer = layer
+        self.expert = expert
+
+
+class DeadlineExceeded(MeshError):
+    """The caller's deadline passed before the answer was there."""
+
+
+class CorruptReply(MeshError):
+    """A replica's reply has the wrong shape, part, digest, or rows that are not finite."""
+
+
+class SetupError(MeshError):
+    """A program cannot start as it was told to: settings, files or ports."""
+
+
+class BadCheckpoint(SetupError):
+    """A model folder or a part of it is missing, damaged or not understood."""
