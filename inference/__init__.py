@@ -1,0 +1,1 @@
+"""Generated stubs of the Open Inference Protocol v2 (protos/inference). Never edited."""
