@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,21 +69,38 @@ class Tokenizer:
         Only so much of a text is looked at as can matter: `RAW_CHARACTERS_PER_TOKEN` characters of the raw and
         `CHARACTERS_PER_TOKEN` of the normalised text for every token asked for. The time is bounded by that.
         """
-        normalised, truncated = [], []
+        return self._encode(texts, max_tokens, self._pieces.encode)
+
+    def sample(self, texts: Sequence[str], max_tokens: int, alpha: float, seed: int) -> Encoded:
+        """Like `encode`, but draws each segmentation by its probability to the power of `alpha`.
+
+        This is subword regularisation (Kudo, "Subword Regularization", ACL 2018), for training. SentencePiece keeps
+        one random generator per thread and seeds it once, so every call draws in a thread of its own.
+        """
+        results: list[Encoded] = []
+
+        def draw() -> None:
+            sentencepiece.set_random_generator_seed(seed)
+            sampling = partial(self._pieces.encode, enable_sampling=True, alpha=alpha, nbest_size=-1)
+            results.append(self._encode(texts, max_tokens, sampling))
+
+        thread = threading.Thread(target=draw)
+        thread.start()
+        thread.join()
+        return results[0]
+
+    def _encode(self, texts: Sequence[str], max_tokens: int, cut: Callable[[str], list[int]]) -> Encoded:
+        ids: list[int] = []
+        lengths, truncated = [], []
         for text in texts:
-            raw_end = max_tokens * RAW_CHARACTERS_PER_TOKEN
-            plain = self.normalizer(text[:raw_end])
-            normalised.append(plain[: max_tokens * CHARACTERS_PER_TOKEN])
-            truncated.append(len(text) > raw_end or len(plain) > len(normalised[-1]))
-        pieces = self._pieces.encode(normalised, out_type=int, num_threads=1) if normalised else []
-        ids = [id_ for text_ids in pieces for id_ in text_ids[:max_tokens]]
-        return Encoded(
-            np.array(ids, dtype=np.int32),
-            np.array([min(len(text_ids), max_tokens) for text_ids in pieces], dtype=np.int32),
-            np.array(
-                [cut or len(text_ids) > max_tokens for cut, text_ids in zip(truncated, pieces, strict=True)], bool
-            ),
-        )
+            raw = text[: max_tokens * RAW_CHARACTERS_PER_TOKEN]
+            plain = self.normalizer(raw)
+            seen = plain[: max_tokens * CHARACTERS_PER_TOKEN]
+            pieces = cut(seen)
+            ids += pieces[:max_tokens]
+            lengths.append(min(len(pieces), max_tokens))
+            truncated.append(len(raw) < len(text) or len(seen) < len(plain) or len(pieces) > max_tokens)
+        return Encoded(np.array(ids, np.int32), np.array(lengths, np.int32), np.array(truncated, np.bool_))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Gives the normalised text of token ids."""

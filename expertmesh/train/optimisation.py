@@ -1,0 +1,64 @@
+"""Start values, learning-rate schedule, parameter groups and averaged weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from expertmesh.model.full import FullModel
+from expertmesh.train.config import TrainSettings
+
+
+def initialise(model: FullModel, settings: TrainSettings) -> None:
+    """Draws small embeddings; bigrams and positions start near zero and so only say what they have learnt."""
+    nn.init.normal_(model.embedding.token.weight, std=settings.embedding_std)
+    nn.init.normal_(model.embedding.position.weight, std=settings.bigram_std)
+    if model.embedding.bigram_buckets:
+        nn.init.normal_(model.embedding.bigram.weight, std=settings.bigram_std)
+
+
+def make_optimizer(model: FullModel, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) with weight decay by kind of tensor; see `TrainSettings`."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("embedding.") and name.endswith(("token.weight", "bigram.weight", "position.weight")):
+            decay = settings.embedding_weight_decay
+        else:
+            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault(decay, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.98),
+    )
+
+
+def rate_at(step: int, steps: int, settings: TrainSettings) -> float:
+    """The learning rate of step `step` of `steps`, counted from 0: linear warm-up, then a cosine."""
+    warmup = min(settings.warmup_steps, steps // 2)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    cosine = (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+    return settings.learning_rate * (settings.final_rate + (1 - settings.final_rate) * cosine)
+
+
+class AveragedWeights:
+    """An exponential moving average of a model's weights.
+
+    Args:
+        model: Its weights are the first value.
+        decay: Weight of the past in each step; early steps use less, so that the start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Takes in the weights after step `step`, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        names: dict[str, Tensor] = dict(model.named_parameters())
+        torch._foreach_lerp_([self.weights[name] for name in names], list(names.values()), 1 - decay)

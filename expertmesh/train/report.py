@@ -1,0 +1,69 @@
+"""What a person sees while training: a progress bar, and one table line per epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+COLUMNS = (
+    "epoch",
+    "loss",
+    "train acc",
+    "held-out loss",
+    "held-out acc",
+    "expert load, min-max share per layer",
+    "time",
+)
+WIDTHS = (7, 7, 9, 13, 12, 44, 7)
+
+
+class Report:
+    """Writes to a console.
+
+    Args:
+        console: Where to; a terminal also gets the progress bar.
+        steps: Steps of the whole run.
+        done: Steps already done when a run is resumed.
+    """
+
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._console = console
+        self._progress = Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+        )
+        self._task = self._progress.add_task("training", total=steps, completed=done)
+        self._headed = False
+
+    def __enter__(self) -> Report:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def step(self, loss: float) -> None:
+        """One step is done."""
+        self._progress.update(self._task, advance=1, description=f"loss {loss:.3f}")
+
+    def epoch(self, line: dict[str, Any], epochs: int) -> None:
+        """One epoch is done; `line` is its entry in the history."""
+        table = Table(box=box.SIMPLE_HEAD, show_header=not self._headed, pad_edge=False)
+        for name, width in zip(COLUMNS, WIDTHS, strict=True):
+            table.add_column(name, width=width)
+        loads = " ".join(f"{100 * min(layer):.1f}-{100 * max(layer):.1f}%" for layer in line["expert_shares"])
+        table.add_row(
+            f"{line['epoch']}/{epochs}",
+            f"{line['loss']:.4f}",
+            f"{100 * line['accuracy']:.2f}%",
+            f"{line['heldout_loss']:.4f}",
+            f"{100 * line['heldout_accuracy']:.2f}%" + (" *" if line["best"] else ""),
+            loads,
+            f"{line['seconds']:.0f}s",
+        )
+        self._headed = True
+        self._console.print(table)
