@@ -1,1 +1,1 @@
-"""The model: what its stages compute. Torch only; it knows no network. (Importing this package imports no torch.)"""
+"""The model: what its stages compute. It knows no network. Importing this package imports no torch."""

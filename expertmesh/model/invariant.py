@@ -39,7 +39,7 @@ def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Ten
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), element by element, the same at every position (Elfwing et al., 2017)."""
+    """X * sigmoid(x), element by element, the same at every position (Elfwing et al., 2017)."""
     return x / (1.0 + torch.exp(-x))
 
 

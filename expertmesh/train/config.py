@@ -67,9 +67,10 @@ class TrainSettings:
         word_dropout: Share of tokens replaced by the unknown token.
         title_dropout: Share of titles left out.
         label_smoothing: Share of a target spread over all classes.
+        teacher_weight: Share of a target that is a cross-fitted linear model's opinion (see `teacher`); 0 asks none.
         balance_weight: Weight of the load-balancing loss, mean over layers.
         router_z_weight: Weight of the router z-loss, mean over layers.
-        consistency_weight: Weight of the R-Drop loss; above 0 every text passes twice.
+        consistency_weight: Weight of the R-Drop loss; above 0 a batch holds every text twice.
         ema_decay: Decay per step of the averaged weights, which are what is judged and stored; 0 averages nothing.
         autocast: "bfloat16" or "none".
         storage_dtype: Of model.safetensors.
@@ -93,6 +94,7 @@ class TrainSettings:
     word_dropout: float = 0.0
     title_dropout: float = 0.0
     label_smoothing: float = 0.0
+    teacher_weight: float = 0.0
     balance_weight: float = 0.01
     router_z_weight: float = 0.001
     consistency_weight: float = 0.0
@@ -110,7 +112,7 @@ class TrainSettings:
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative")
         for name in ("balance_weight", "router_z_weight", "consistency_weight"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative")
-        for name in ("final_rate", "word_dropout", "title_dropout", "label_smoothing", "ema_decay"):
+        for name in ("final_rate", "word_dropout", "title_dropout", "label_smoothing", "teacher_weight", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, f"train.{name} must be in [0, 1)")
         for name, rate in asdict(self.dropout).items():
             _require(0 <= rate < 1, f"train.dropout.{name} must be in [0, 1)")

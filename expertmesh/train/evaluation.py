@@ -74,11 +74,11 @@ def evaluate(model: FullModel, batches: Sequence[Batch]) -> Evaluation:
         for batch in (batch.to(device) for batch in batches):
             scores = model(batch.ids_T, batch.lengths_B, observe=routes)
             predicted.append(scores.logits_BC.argmax(dim=1).cpu())
-            losses.append(torch.nn.functional.cross_entropy(scores.logits_BC, batch.labels_B, reduction="none").cpu())
+            losses.append(torch.nn.functional.cross_entropy(scores.logits_BC, batch.targets_BC, reduction="none").cpu())
             counts_LE += routes.counts_LE(model.spec.router.experts)
     return Evaluation(
         predicted_B=torch.cat(predicted).numpy(),
-        labels_B=torch.cat([batch.labels_B for batch in batches]).numpy(),
+        labels_B=torch.cat([batch.targets_BC.argmax(dim=1) for batch in batches]).numpy(),
         counts_LE=counts_LE.numpy(),
         loss=float(torch.cat(losses).mean()),
     )

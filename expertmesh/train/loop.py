@@ -21,7 +21,7 @@ from expertmesh.model.full import FullModel
 from expertmesh.model.stages import GatingStage
 from expertmesh.tokenization.tokenizer import Tokenizer
 from expertmesh.train import checkpoint, losses
-from expertmesh.train.batches import Batch, TrainingBatches, batched
+from expertmesh.train.batches import Batch, TrainingBatches, batched, one_hot
 from expertmesh.train.config import TrainConfig
 from expertmesh.train.data import Split
 from expertmesh.train.evaluation import Evaluation, Routes, evaluate
@@ -91,10 +91,9 @@ class Trainer:
             group["lr"] = rate_at(self.step, self.steps, train)
         self.model.train()
         routes = Routes()
-        doubled = batch.twice() if train.consistency_weight else batch
         with torch.autocast(self.device.type, torch.bfloat16, enabled=train.autocast == "bfloat16"):
-            logits_BC = self.model(doubled.ids_T, doubled.lengths_B, observe=routes).logits_BC
-        task = losses.smoothed_cross_entropy(logits_BC, doubled.labels_B, train.label_smoothing)
+            logits_BC = self.model(batch.ids_T, batch.lengths_B, observe=routes).logits_BC
+        task = losses.smoothed_cross_entropy(logits_BC, batch.targets_BC, train.label_smoothing)
         loss = task + self._router_losses(routes)
         if train.consistency_weight:
             loss = loss + train.consistency_weight * losses.consistency_loss(*logits_BC.chunk(2))
@@ -104,7 +103,7 @@ class Trainer:
         self.optimizer.step()
         self.average.update(self.model, self.step)
         self.step += 1
-        self.totals.add(task.item(), logits_BC, doubled, routes)
+        self.totals.add(task.item(), logits_BC, batch, routes)
         return task.item()
 
     def _router_losses(self, routes: Routes) -> torch.Tensor:
@@ -217,10 +216,10 @@ class _Totals:
         self.values: dict[str, Any] = {"loss": 0.0, "right": 0, "rows": 0, "counts_LE": np.zeros(shape, int).tolist()}
 
     def add(self, loss: float, logits_BC: torch.Tensor, batch: Batch, routes: Routes) -> None:
-        values, rows = self.values, len(batch.labels_B)
+        values, rows = self.values, len(batch.lengths_B)
         counts_LE = routes.counts_LE(len(values["counts_LE"][0])).numpy()
         values["loss"] += loss * rows
-        values["right"] += int((logits_BC.argmax(dim=1) == batch.labels_B).sum())
+        values["right"] += int((logits_BC.argmax(dim=1) == batch.targets_BC.argmax(dim=1)).sum())
         values["rows"] += rows
         values["counts_LE"] = (np.array(values["counts_LE"]) + counts_LE).tolist()
 
@@ -235,8 +234,8 @@ class _Totals:
 
 def _heldout_batches(split: Split, tokenizer: Tokenizer, config: TrainConfig) -> list[Batch]:
     encoded = tokenizer.encode([row.text for row in split.heldout], config.model.context)
-    labels_B = np.array([row.label for row in split.heldout], np.int64)
-    return batched(encoded.ids_T, encoded.lengths_B, labels_B, EVALUATION_ROWS)
+    targets_BC = one_hot(split.heldout, len(config.model.head.labels))
+    return batched(encoded.ids_T, encoded.lengths_B, targets_BC, EVALUATION_ROWS)
 
 
 def _judgement(judged: Evaluation, config: TrainConfig) -> dict[str, Any]:

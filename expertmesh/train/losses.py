@@ -33,9 +33,9 @@ def router_z_loss(logits_TE: Tensor) -> Tensor:
     return torch.logsumexp(logits_TE, dim=-1).square().mean()
 
 
-def smoothed_cross_entropy(logits_BC: Tensor, labels_B: Tensor, smoothing: float) -> Tensor:
-    """Mean cross entropy against `1 - smoothing` on the label and `smoothing` spread over all classes."""
-    return F.cross_entropy(logits_BC, labels_B, label_smoothing=smoothing)
+def smoothed_cross_entropy(logits_BC: Tensor, targets_BC: Tensor, smoothing: float) -> Tensor:
+    """Mean cross entropy against `1 - smoothing` of the target and `smoothing` spread over all classes."""
+    return F.cross_entropy(logits_BC, targets_BC, label_smoothing=smoothing)
 
 
 def consistency_loss(first_BC: Tensor, second_BC: Tensor) -> Tensor:

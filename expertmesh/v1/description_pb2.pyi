@@ -11,7 +11,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("kind", "parts", "model_digest", "fingerprint", "profile", "device", "version")
+    __slots__ = ("kind", "parts", "model_digest", "fingerprint", "profile", "device", "version", "metrics_address")
     KIND_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class DescribeResponse(_message.Message):
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     kind: str
     parts: _containers.RepeatedCompositeFieldContainer[Part]
     model_digest: str
@@ -26,7 +27,8 @@ class DescribeResponse(_message.Message):
     profile: str
     device: str
     version: str
-    def __init__(self, kind: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., model_digest: _Optional[str] = ..., fingerprint: _Optional[str] = ..., profile: _Optional[str] = ..., device: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+    metrics_address: str
+    def __init__(self, kind: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., model_digest: _Optional[str] = ..., fingerprint: _Optional[str] = ..., profile: _Optional[str] = ..., device: _Optional[str] = ..., version: _Optional[str] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("name", "digest")

@@ -1,0 +1,1 @@
+"""Model folders: the manifest, splitting into parts, loading a part."""

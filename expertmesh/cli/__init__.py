@@ -1,0 +1,1 @@
+"""The verbs of the `expertmesh` command, one module each."""

@@ -1,0 +1,73 @@
+"""`expertmesh demo`: the main job on real input, start to stop: what `make run` runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from expertmesh import wire
+from expertmesh.cli import placement, session
+from expertmesh.cli.classify import read_lines
+from expertmesh.client import Client
+from expertmesh.errors import SetupError
+from expertmesh.serving.inference import route_name
+from expertmesh.v1.inference_pb2 import ROUTE_FULL_MODEL, ROUTE_MESH, Classification, ClassifyResponse
+
+SHOWN_CHARACTERS = 58
+
+
+def demo(
+    model: placement.Model = placement.DEFAULT_MODEL,
+    file: Annotated[Path, typer.Option(help="Raw texts, one a line.")] = Path("examples/headlines.txt"),
+) -> None:
+    """Starts a mesh, classifies every text through both routes, compares the bits, stops everything."""
+    texts = [line.text for line in read_lines(file) if not line.error]
+    if not texts:
+        raise SetupError(f"{file} holds no text")
+    if not session.run(_demo(model, texts)):
+        raise typer.Exit(1)
+
+
+async def _demo(model: Path, texts: list[str]) -> bool:
+    async with session.temporary_mesh(model, placement.read_options()) as mesh, Client(mesh.grpc) as client:
+        assert mesh.plan is not None
+        print(f"{len(mesh.plan.processes)} processes are up: {', '.join(p.name for p in mesh.plan.processes)}")
+        through_mesh = await client.classify(texts, route=ROUTE_MESH, include_experts=True)
+        through_full = await client.classify(texts, route=ROUTE_FULL_MODEL, include_experts=True)
+    _show(texts, through_mesh, through_full)
+    equal = sum(
+        _bits(left) == _bits(right) for left, right in zip(through_mesh.results, through_full.results, strict=True)
+    )
+    if equal == len(texts):
+        print(f"both routes were bit-equal on all {len(texts)} texts")
+    else:
+        print(f"THE ROUTES DIFFER on {len(texts) - equal} of {len(texts)} texts")
+    return equal == len(texts)
+
+
+def _show(texts: list[str], through_mesh: ClassifyResponse, through_full: ClassifyResponse) -> None:
+    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    table = Table("headline", "label", "confidence", "route", "experts used, busiest first, per layer")
+    for text, left, right in zip(texts, through_mesh.results, through_full.results, strict=True):
+        shown = text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+        table.add_row(shown, left.label, f"{max(left.probabilities):.1%}", route_name(left.route), _experts(left))
+        table.add_row("", right.label, f"{max(right.probabilities):.1%}", route_name(right.route), _experts(right))
+    console.print(table)
+
+
+def _experts(result: Classification) -> str:
+    counts_LE = wire.decode(result.expert_tokens, wire.INT32, tuple(result.expert_tokens.shape), "expert_tokens")
+    layers = []
+    for counts_E in counts_LE:
+        busiest = [int(expert) for expert in np.argsort(-counts_E, kind="stable") if counts_E[expert]]
+        layers.append(" ".join(map(str, busiest)))
+    return " | ".join(layers)
+
+
+def _bits(result: Classification) -> bytes:
+    return np.array([*result.logits, *result.probabilities], np.float32).tobytes()

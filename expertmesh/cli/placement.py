@@ -1,0 +1,61 @@
+"""The options that say how a local mesh is laid out, shared by every verb that starts one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expertmesh.errors import SetupError
+from expertmesh.local.plan import Options
+from expertmesh.local.state import default_folder
+
+DEFAULT_MODEL = Path("models/agnews")
+
+Model = Annotated[Path, typer.Argument(help="Folder of the split model.")]
+RunDir = Annotated[
+    Path, typer.Option("--run-dir", help="Folder for sockets, logs and state.", default_factory=default_folder)
+]
+ExpertServices = Annotated[
+    int, typer.Option("--expert-services", help="Spread the experts over so many services; 0: each its own.", min=0)
+]
+Replicas = Annotated[
+    list[str] | None, typer.Option("--replicas", help="SERVICE=N or KIND=N, as in expert-3=2 or expert=2; repeatable.")
+]
+Devices = Annotated[
+    list[str] | None, typer.Option("--device", help="SERVICE=DEVICE or KIND=DEVICE, as in expert=cuda:0; repeatable.")
+]
+
+
+def read_options(
+    expert_services: int = 0,
+    replicas: list[str] | None = None,
+    devices: list[str] | None = None,
+    grpc: str = "127.0.0.1:0",
+    http: str = "127.0.0.1:0",
+    inspect: bool = False,
+    testing: bool = False,
+    full_model: bool = True,
+) -> Options:
+    """Options of a local mesh from those of the command line.
+
+    Raises:
+        SetupError: One is malformed.
+    """
+    counts = {}
+    for name, value in _pairs(replicas, "--replicas").items():
+        if not value.isdecimal():
+            raise SetupError(f"--replicas {name}={value}: {value!r} is no number")
+        counts[name] = int(value)
+    return Options(grpc, http, expert_services, counts, _pairs(devices, "--device"), inspect, testing, full_model)
+
+
+def _pairs(values: list[str] | None, option: str) -> dict[str, str]:
+    pairs = {}
+    for value in values or []:
+        name, equals, given = value.partition("=")
+        if not (name and equals and given):
+            raise SetupError(f"{option} {value!r} is not NAME=VALUE")
+        pairs[name] = given
+    return pairs

@@ -1,0 +1,86 @@
+"""A client of the mesh for Python programs: `async with Client("127.0.0.1:50051") as client: ...`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc.aio
+from google.protobuf.message import EncodeError
+
+from expertmesh.errors import InvalidInput
+from expertmesh.rpc.channel import open_channel
+from expertmesh.rpc.errors import from_call
+from expertmesh.v1.description_pb2 import DescribeRequest, DescribeResponse
+from expertmesh.v1.description_pb2_grpc import DescriptionServiceStub
+from expertmesh.v1.inference_pb2 import (
+    CONTRACT_UNSPECIFIED,
+    ROUTE_UNSPECIFIED,
+    ClassifyRequest,
+    ClassifyResponse,
+    Contract,
+    Route,
+)
+from expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
+from expertmesh.v1.inspection_pb2 import InspectRequest, InspectResponse
+from expertmesh.v1.inspection_pb2_grpc import InspectionServiceStub
+
+DEFAULT_TIMEOUT_S = 30.0
+
+
+class Client:
+    """A connection to a gateway, or to a full model by itself.
+
+    Args:
+        address: Its gRPC address.
+        timeout_s: Deadline of each call, in seconds.
+
+    Raises:
+        MeshError: From every call, as `expertmesh.errors` tells.
+    """
+
+    def __init__(self, address: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._channel = open_channel(address)
+        self._inference = InferenceServiceStub(self._channel)
+        self._inspection = InspectionServiceStub(self._channel)
+        self._description = DescriptionServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        """Opens nothing yet; the first call connects."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes the connection."""
+        await self._channel.close()
+
+    async def classify(
+        self,
+        texts: Sequence[str],
+        contract: Contract.ValueType = CONTRACT_UNSPECIFIED,
+        route: Route.ValueType = ROUTE_UNSPECIFIED,
+        include_experts: bool = False,
+    ) -> ClassifyResponse:
+        """Classifies raw texts; the reply has one result for each, in their order."""
+        try:
+            request = ClassifyRequest(texts=texts, contract=contract, route=route, include_experts=include_experts)
+        except (ValueError, TypeError, EncodeError):
+            raise InvalidInput("texts must be strings that are valid Unicode", "texts") from None
+        return await self._call(self._inference.Classify, request)  # type: ignore[no-any-return]
+
+    async def inspect(self, text: str, route: Route.ValueType) -> InspectResponse:
+        """Gives hidden states, routes and logits of one text; the program must have inspection switched on."""
+        return await self._call(self._inspection.Inspect, InspectRequest(text=text, route=route))  # type: ignore[no-any-return]
+
+    async def describe(self) -> DescribeResponse:
+        """Gives what the program holds."""
+        return await self._call(self._description.Describe, DescribeRequest())  # type: ignore[no-any-return]
+
+    async def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return await method(request, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise from_call(error, "the gateway") from None

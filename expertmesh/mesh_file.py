@@ -1,0 +1,131 @@
+"""The mesh file: which services a mesh has, what they hold and where their replicas are.
+
+One TOML file that `expertmesh up` writes, the gateway reads, and containers are set up from::
+
+    model = "models/agnews"
+
+    [[service]]
+    name = "expert-3"
+    kind = "expert"
+    experts = ["*:3"]
+    replicas = ["unix:/run/expertmesh/expert-3.0.sock", "dns:///expert-3:50051"]
+
+`experts` lists what an expert service holds as `LAYER:EXPERT`; `*` stands for every layer or every expert.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from expertmesh.errors import SetupError
+
+STAGES = ("tokenizer", "embedding", "gating", "expert", "classifier")
+KINDS = (*STAGES, "full_model", "gateway")
+
+
+@dataclass(frozen=True)
+class Service:
+    """One service and its replicas.
+
+    Attributes:
+        name: Unique in the mesh; letters, digits, `-` and `_`.
+        kind: One of `KINDS`.
+        replicas: gRPC addresses: `unix:PATH`, `HOST:PORT` or `dns:///NAME:PORT`.
+        experts: For kind `expert`: what it holds, as `LAYER:EXPERT`.
+        http: For kind `gateway`: the address of its HTTP side.
+    """
+
+    name: str
+    kind: str
+    replicas: tuple[str, ...]
+    experts: tuple[str, ...] = ()
+    http: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SetupError(f"mesh file: service {self.name!r} has the unknown kind {self.kind!r}")
+        if not self.name.replace("-", "").replace("_", "").isalnum():
+            raise SetupError(f"mesh file: {self.name!r} is no name of a service")
+        if not self.replicas:
+            raise SetupError(f"mesh file: service {self.name} has no replicas")
+        if (self.kind == "expert") != bool(self.experts):
+            raise SetupError(f"mesh file: service {self.name}: `experts` belongs to every service of kind expert")
+
+
+@dataclass(frozen=True)
+class MeshFile:
+    """A mesh: its model folder and its services."""
+
+    model: str
+    services: tuple[Service, ...]
+
+    def __post_init__(self) -> None:
+        names = [service.name for service in self.services]
+        if len(set(names)) != len(names):
+            raise SetupError("mesh file: two services have the same name")
+
+    def of_kind(self, kind: str) -> list[Service]:
+        """The services of one kind, in the order of the file."""
+        return [service for service in self.services if service.kind == kind]
+
+    def write(self, path: Path) -> None:
+        """Writes the file; a reader sees the old or the new one, never a part."""
+        tables = []
+        for service in self.services:
+            plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(service).items()}
+            tables.append({key: value for key, value in plain.items() if value})
+        draft = path.with_suffix(".draft")
+        draft.write_text(tomli_w.dumps({"model": self.model, "service": tables}))
+        draft.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> MeshFile:
+        """Reads a mesh file.
+
+        Raises:
+            SetupError: It is missing, no TOML, or says something that is not understood.
+        """
+        try:
+            values = tomllib.loads(path.read_text())
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SetupError(f"mesh file {path} cannot be read: {error}") from None
+        unknown = sorted(set(values) - {"model", "service"})
+        if unknown:
+            raise SetupError(f"mesh file {path}: unknown keys: {', '.join(unknown)}")
+        try:
+            services = tuple(_service(table) for table in values["service"])
+            return cls(model=str(values["model"]), services=services)
+        except KeyError as error:
+            raise SetupError(f"mesh file {path}: {error} is missing") from None
+        except TypeError as error:
+            raise SetupError(f"mesh file {path}: {error}") from None
+
+
+def _service(table: dict[str, Any]) -> Service:
+    return Service(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
+
+
+def parse_experts(patterns: tuple[str, ...], layers: int, experts: int) -> list[tuple[int, int]]:
+    """The (layer, expert) pairs that patterns like `0:3`, `*:3` or `*:*` stand for, ascending.
+
+    Raises:
+        SetupError: A pattern is malformed, or names a layer or an expert that the model does not have.
+    """
+    pairs: set[tuple[int, int]] = set()
+    for pattern in patterns:
+        layer, _, expert = pattern.partition(":")
+        pairs.update((i, j) for i in _range(layer, layers, pattern) for j in _range(expert, experts, pattern))
+    return sorted(pairs)
+
+
+def _range(value: str, size: int, pattern: str) -> range:
+    if value == "*":
+        return range(size)
+    if not value.isascii() or not value.isdecimal() or int(value) >= size:
+        raise SetupError(f"experts: {pattern!r} is not LAYER:EXPERT with numbers below {size}, or *")
+    return range(int(value), int(value) + 1)

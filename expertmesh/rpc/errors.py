@@ -1,0 +1,118 @@
+"""The error tree as gRPC statuses with `google.rpc` details, and back."""
+
+from __future__ import annotations
+
+import grpc
+import grpc.aio
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+
+from expertmesh import errors
+
+DOMAIN = "expertmesh"
+DETAILS_KEY = "grpc-status-details-bin"
+
+_CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
+    errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.WrongPart: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.CorruptReply: grpc.StatusCode.DATA_LOSS,
+}
+
+
+def code_of(error: errors.MeshError) -> grpc.StatusCode:
+    """The status of an error."""
+    return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
+
+
+def details_of(error: errors.MeshError) -> bytes:
+    """The error as a serialised `google.rpc.Status` with ErrorInfo, and RetryInfo or BadRequest where they fit."""
+    code = code_of(error)
+    number: int = code.value[0]
+    status = status_pb2.Status(code=number, message=str(error))
+    status.details.extend(_packed(message) for message in _messages(error))
+    data: bytes = status.SerializeToString()
+    return data
+
+
+def _messages(error: errors.MeshError) -> list[Message]:
+    reason = "".join("_" + letter if letter.isupper() else letter for letter in type(error).__name__)
+    info = error_details_pb2.ErrorInfo(reason=reason.strip("_").upper(), domain=DOMAIN)
+    messages: list[Message] = [info]
+    match error:
+        case errors.InvalidInput(field=field) if field:
+            violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=str(error))
+            messages.append(error_details_pb2.BadRequest(field_violations=[violation]))
+        case errors.Overloaded(retry_after_s=retry_after_s):
+            messages.append(_retry_info(retry_after_s))
+        case errors.Unavailable(stage=stage, layer=layer, expert=expert):
+            info.metadata["stage"] = stage
+            if layer is not None:
+                info.metadata["layer"] = str(layer)
+            if expert is not None:
+                info.metadata["expert"] = str(expert)
+            messages.append(_retry_info(1.0))
+    return messages
+
+
+def _retry_info(seconds: float) -> error_details_pb2.RetryInfo:
+    return error_details_pb2.RetryInfo(
+        retry_delay=duration_pb2.Duration(nanos=int(seconds * 1e9) % 10**9, seconds=int(seconds))
+    )
+
+
+def _packed(message: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
+
+
+def error_info(error: grpc.aio.AioRpcError) -> dict[str, str]:
+    """The metadata of the `ErrorInfo` that came with a failed call; empty if there is none."""
+    for key, value in error.trailing_metadata() or ():
+        if key != DETAILS_KEY:
+            continue
+        try:
+            status = status_pb2.Status.FromString(value)
+        except DecodeError:
+            return {}
+        for detail in status.details:
+            info = error_details_pb2.ErrorInfo()
+            if detail.Unpack(info):
+                return {"reason": info.reason, **info.metadata}
+    return {}
+
+
+def from_call(error: grpc.aio.AioRpcError, stage: str) -> errors.MeshError:
+    """The error of our tree that a failed call stands for.
+
+    Args:
+        error: How the call to another service of the mesh failed.
+        stage: That service.
+    """
+    text = error.details() or error.code().name
+    info = error_info(error)
+    match error.code():
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return errors.InvalidInput(text)
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return errors.WrongPart(text)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return errors.Overloaded(text)
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return errors.DeadlineExceeded("the deadline has passed")
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
+            layer, expert = info.get("layer"), info.get("expert")
+            return errors.Unavailable(
+                text if info else f"{stage} does not answer",
+                info.get("stage", stage),
+                int(layer) if layer else None,
+                int(expert) if expert else None,
+            )
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return errors.WrongPart(f"{stage} does not offer this call; it is off unless its settings switch it on")
+        case _:
+            return errors.CorruptReply(f"{stage} failed")

@@ -1,0 +1,82 @@
+"""What happens around every unary call: parsing, timing, counting, and turning errors into statuses.
+
+A caller never sees exception text: errors of our tree become their status, anything else INTERNAL with an id that
+the log knows too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from expertmesh.errors import DeadlineExceeded, InvalidInput, MeshError
+from expertmesh.rpc.errors import DETAILS_KEY, code_of, details_of
+from expertmesh.telemetry import metrics
+from expertmesh.telemetry.logging import event
+
+Handler = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every unary method. Streams (health watch, reflection) pass through untouched."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Gives the handler that runs instead of the registered one."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming or handler.response_streaming:
+            return handler
+        return grpc.unary_unary_rpc_method_handler(
+            _guarded(handler_call_details.method, handler.unary_unary, handler.request_deserializer),
+            request_deserializer=None,
+            response_serializer=handler.response_serializer,
+        )
+
+
+def _guarded(method: str, run: Handler, parse: Callable[[bytes], Any]) -> Handler:
+    async def guarded(data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        started_s = time.monotonic()
+        code = grpc.StatusCode.OK
+        try:
+            return await run(_parsed(data, parse), context)
+        except MeshError as error:
+            code = code_of(error)
+            await context.abort(code, str(error), ((DETAILS_KEY, details_of(error)),))
+        except grpc.aio.AbortError:
+            code = context.code() or grpc.StatusCode.UNKNOWN
+            raise
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except TimeoutError:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED
+            error = DeadlineExceeded("the deadline has passed")
+            await context.abort(code, str(error), ((DETAILS_KEY, details_of(error)),))
+        except Exception:
+            code = grpc.StatusCode.INTERNAL
+            error_id = secrets.token_hex(8)
+            event("internal_error", level=logging.ERROR, exc_info=True, method=method, error_id=error_id)
+            await context.abort(code, f"internal error {error_id}")
+        finally:
+            metrics.RPCS.labels(method, code.name).inc()
+            metrics.RPC_SECONDS.labels(method).observe(time.monotonic() - started_s)
+
+    return guarded
+
+
+def _parsed(data: bytes, parse: Callable[[bytes], Any]) -> Any:
+    try:
+        return parse(data)
+    except (DecodeError, UnicodeDecodeError, ValueError):
+        raise InvalidInput("the message cannot be parsed: it is damaged, or a string in it is not UTF-8") from None

@@ -1,0 +1,124 @@
+"""One pass: texts in, classifications out, whatever answers the stage calls in between."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from expertmesh.dispatch import Gate, Scores, StageCall
+from expertmesh.errors import InvalidInput, MeshError
+from expertmesh.model.spec import ModelSpec
+from expertmesh.tokenization.tokenizer import Encoded
+from expertmesh.v1.inference_pb2 import Classification, Route, StageTiming
+from expertmesh.wire import encode
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent per stage."""
+
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Adds what happens inside to a stage."""
+        started_s = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += perf_counter() - started_s
+
+    def timings(self) -> list[StageTiming]:
+        """The stages in the order they were first entered."""
+        return [StageTiming(stage=stage, seconds=seconds) for stage, seconds in self.seconds.items()]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One text's classification and where its pass spent its time."""
+
+    classification: Classification
+    timings: Sequence[StageTiming]
+
+
+class ExpertTokens:
+    """Counts how many tokens of each sequence every expert served.
+
+    Args:
+        spec: The model.
+        lengths_B: Tokens of each sequence.
+    """
+
+    def __init__(self, spec: ModelSpec, lengths_B: Any) -> None:
+        self._experts = spec.router.experts
+        self._sequence_T = np.repeat(np.arange(len(lengths_B)), lengths_B)
+        self.counts_BLE = np.zeros((len(lengths_B), spec.layers, spec.router.experts), np.int32)
+
+    def observe(self, call: StageCall, result: Any) -> None:
+        """Counts the routes that a gating call gave."""
+        if isinstance(call, Gate):
+            places_TK = self._sequence_T[:, None] * self._experts + np.asarray(result.expert_ids_TK)
+            counts = np.bincount(places_TK.reshape(-1), minlength=self.counts_BLE[:, 0].size)
+            self.counts_BLE[:, call.layer] = counts.reshape(-1, self._experts)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How an answer came to be: its route, whether it is exact, and the profile it was computed on."""
+
+    route: Route.ValueType
+    exact: bool
+    profile: str
+
+
+def kept(encoded: Encoded) -> Any:
+    """The lengths of the texts that have tokens; the others get an error of their own."""
+    return encoded.lengths_B[encoded.lengths_B > 0]
+
+
+def to_answers(
+    spec: ModelSpec,
+    encoded: Encoded,
+    scores: Scores | None,
+    expert_tokens: ExpertTokens,
+    provenance: Provenance,
+    stopwatch: Stopwatch,
+) -> list[Answer | MeshError]:
+    """Writes the results of a pass, one for every text.
+
+    Args:
+        spec: The model.
+        encoded: The texts' tokens.
+        scores: Scores of the texts that have tokens, as numpy arrays; None if none has.
+        expert_tokens: Counts of those texts.
+        provenance: How they were computed.
+        stopwatch: Where the time went.
+    """
+    answers: list[Answer | MeshError] = []
+    timings = stopwatch.timings()
+    row = 0
+    for index, length in enumerate(encoded.lengths_B.tolist()):
+        if length == 0 or scores is None:
+            answers.append(InvalidInput("nothing is left of the text after normalisation", "texts"))
+            continue
+        probabilities_C = scores.probabilities_BC[row]
+        classification = Classification(
+            label=spec.head.labels[int(probabilities_C.argmax())],
+            probabilities=probabilities_C.tolist(),
+            logits=scores.logits_BC[row].tolist(),
+            tokens=length,
+            truncated=bool(encoded.truncated_B[index]),
+            route=provenance.route,
+            exact=provenance.exact,
+            profile=provenance.profile,
+            expert_tokens=encode(expert_tokens.counts_BLE[row]),
+        )
+        answers.append(Answer(classification, timings))
+        row += 1
+    return answers

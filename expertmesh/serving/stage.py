@@ -1,0 +1,106 @@
+"""What every program that computes has: a device, parts of a model, a numeric profile, and turns at the device."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from expertmesh import __version__
+from expertmesh.checkpoint.load import StageLoader
+from expertmesh.errors import SetupError
+from expertmesh.model.arrays import to_torch
+from expertmesh.model.fingerprint import Profile, take_profile
+from expertmesh.model.sequences import Sequences
+from expertmesh.model.spec import ModelSpec
+from expertmesh.rpc.settings import ModelSettings
+from expertmesh.telemetry import metrics
+from expertmesh.v1.description_pb2 import DescribeResponse, Part
+
+ResultT = TypeVar("ResultT")
+
+
+class Stage:
+    """The device side of a service. Loading happens in its constructor and through `loader`.
+
+    Args:
+        kind: What kind of service this is.
+        settings: Model folder, device and threads.
+
+    Raises:
+        SetupError: The device is not there, or the model folder is missing or damaged.
+    """
+
+    def __init__(self, kind: str, settings: ModelSettings) -> None:
+        self.kind = kind
+        self.device = open_device(settings.device, settings.threads)
+        self.loader = StageLoader(Path(settings.model), self.device)
+        self.profile: Profile = take_profile(self.spec, self.device)
+        self._turn = asyncio.Lock()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's spec."""
+        return self.loader.spec
+
+    def description(self) -> DescribeResponse:
+        """What Describe answers, once everything is loaded."""
+        manifest = self.loader.manifest
+        return DescribeResponse(
+            kind=self.kind,
+            parts=[Part(name=name, digest=manifest.parts[name].digest) for name in self.loader.loaded],
+            model_digest=manifest.digest,
+            fingerprint=self.profile.fingerprint,
+            profile=self.profile.name,
+            device=str(self.device),
+            version=__version__,
+        )
+
+    async def compute(self, rows: int, work: Callable[[], ResultT]) -> ResultT:
+        """Runs work when it is its turn; inside the event loop, since a thread costs more than it gives here.
+
+        Args:
+            rows: Token rows of the work, for the metrics.
+            work: Computes; it must not need gradients.
+        """
+        arrived_s = perf_counter()
+        async with self._turn:
+            await asyncio.sleep(0)  # lets calls that have arrived meanwhile take their place in the queue
+            started_s = perf_counter()
+            with torch.inference_mode():
+                result = work()
+            metrics.QUEUE_SECONDS.labels(self.kind).observe(started_s - arrived_s)
+            metrics.COMPUTE_SECONDS.labels(self.kind).observe(perf_counter() - started_s)
+            metrics.TOKENS.labels(self.kind).inc(rows)
+        return result
+
+    def tensor(self, array: npt.NDArray[Any]) -> Tensor:
+        """An array on the device."""
+        return to_torch(array, self.device)
+
+    def sequences(self, lengths_B: npt.NDArray[Any]) -> Sequences:
+        """The layout of a batch on the device."""
+        return Sequences(to_torch(lengths_B, self.device))
+
+
+def open_device(name: str, threads: int) -> torch.device:
+    """Gives a device and bounds the threads that compute on cpu.
+
+    Raises:
+        SetupError: There is no such device.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise SetupError(f"device {name!r} is not there") from None
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return device

@@ -1,0 +1,47 @@
+"""Structured log: one JSON object a line on stderr, one line an event."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+_LOGGER = logging.getLogger("expertmesh")
+
+
+class JsonFormatter(logging.Formatter):
+    """Writes a record as one JSON object; records of other libraries become events named `log`."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self.service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Gives one line without its newline."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        line = {"time": stamp, "level": record.levelname.lower(), "service": self.service}
+        fields = getattr(record, "fields", None)
+        if fields is None:
+            line |= {"event": "log", "logger": record.name, "message": record.getMessage()}
+        else:
+            line |= {"event": record.getMessage(), **fields}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure(service: str, level: str = "info") -> None:
+    """Sends every record of this process to stderr as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(service))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    _LOGGER.setLevel(level.upper())
+
+
+def event(name: str, *, level: int = logging.INFO, exc_info: bool = False, **fields: Any) -> None:
+    """Logs one event with its fields."""
+    _LOGGER.log(level, name, extra={"fields": fields}, exc_info=exc_info)

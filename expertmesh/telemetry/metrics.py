@@ -1,0 +1,62 @@
+"""Prometheus metrics of every program, in base units. The registry is the only mutable state at module level."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest, start_http_server
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+RPCS = Counter("expertmesh_requests", "Calls that ended, by gRPC method or HTTP path and status.", ["method", "code"])
+RPC_SECONDS = Histogram("expertmesh_request_seconds", "From a call's arrival to its end.", ["method"], buckets=SECONDS)
+QUEUE_SECONDS = Histogram(
+    "expertmesh_queue_seconds", "From arrival to the start of computing.", ["stage"], buckets=SECONDS
+)
+COMPUTE_SECONDS = Histogram("expertmesh_compute_seconds", "Computing of one call or pass.", ["stage"], buckets=SECONDS)
+TOKENS = Counter("expertmesh_tokens", "Token rows computed.", ["stage"])
+EXPERT_TOKENS = Counter("expertmesh_expert_tokens", "Token rows computed by an expert.", ["layer", "expert"])
+TEXTS = Counter("expertmesh_texts", "Texts answered, by the route that served them.", ["route"])
+FALLBACKS = Counter(
+    "expertmesh_fallbacks", "Calls that left the mesh route, by the stage that did not answer.", ["stage"]
+)
+PASS_TEXTS = Histogram("expertmesh_pass_texts", "Texts that shared a pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
+REPLICA_EVENTS = Counter("expertmesh_replica_events", "What happened to replicas.", ["service", "event"])
+REPLICAS_LIVE = Gauge("expertmesh_replicas_live", "Replicas that are verified and answer.", ["service"])
+
+
+def exposition() -> bytes:
+    """The current values in Prometheus' text format."""
+    return generate_latest(REGISTRY)
+
+
+@dataclass
+class MetricsServer(AbstractContextManager["MetricsServer"]):
+    """Serves `/metrics` over HTTP from a thread.
+
+    Args:
+        host: Where to listen.
+        port: 0 takes a free one; `port` then tells which.
+
+    Raises:
+        OSError: The port is in use.
+    """
+
+    host: str
+    port: int
+
+    def __post_init__(self) -> None:
+        self._server: WSGIServer
+        self._thread: Thread
+        self._server, self._thread = start_http_server(self.port, self.host)
+        self.port = self._server.server_port
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

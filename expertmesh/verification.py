@@ -1,0 +1,169 @@
+"""The proof: the same texts through the mesh and the full model, compared bit by bit.
+
+Where two answers differ, both routes are inspected layer by layer, so that the first place where they part is named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from expertmesh import wire
+from expertmesh.client import Client
+from expertmesh.errors import WrongPart
+from expertmesh.v1.inference_pb2 import CONTRACT_MESH_ONLY, ROUTE_FULL_MODEL, ROUTE_MESH, ClassifyResponse
+from expertmesh.v1.inspection_pb2 import InspectResponse, LayerTrace
+from expertmesh.v1.tensor_pb2 import Tensor
+
+Bits = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two routes part.
+
+    Attributes:
+        text: Index of the text.
+        stage: "tokenizer", "embedding", "gating", "expert", "combine", "classifier", or "" if it was not seen again.
+        layer: The layer, if the stage has one.
+        expert: The expert, if it is one.
+    """
+
+    text: int
+    stage: str
+    layer: int | None = None
+    expert: int | None = None
+
+    def __str__(self) -> str:
+        """Names the place for people."""
+        if not self.stage:
+            return f"text {self.text}: the answers differed, but not when both routes were inspected"
+        where = "" if self.layer is None else f" of layer {self.layer}"
+        name = self.stage if self.expert is None else f"expert {self.expert}"
+        return f"text {self.text}: {name}{where}"
+
+
+@dataclass
+class Comparison:
+    """What comparing gave.
+
+    Attributes:
+        texts: How many were compared.
+        differing: Indices of those whose logits or probabilities differ in any bit.
+        largest: Largest absolute difference of a logit.
+        inexact: How many answers of the mesh said that they are not exact.
+        first: Where the first differing text parts; None if none differs or inspection is off.
+    """
+
+    texts: int
+    differing: list[int]
+    largest: float
+    inexact: int
+    first: Difference | None = None
+
+
+async def compare(
+    client: Client, texts: Sequence[str], call_texts: int, callers: int, progress: Callable[[int], None]
+) -> Comparison:
+    """Sends texts through both routes.
+
+    Args:
+        client: A gateway.
+        texts: Raw texts.
+        call_texts: Texts in one call.
+        callers: Calls under way at once.
+        progress: Is told how many texts are done, after each call.
+
+    Raises:
+        MeshError: A call failed.
+    """
+    result = Comparison(0, [], 0.0, 0)
+    starts: Iterator[int] = iter(range(0, len(texts), call_texts))
+
+    async def caller() -> None:
+        for start in starts:
+            chunk = texts[start : start + call_texts]
+            mesh = await client.classify(chunk, contract=CONTRACT_MESH_ONLY, route=ROUTE_MESH)
+            full = await client.classify(chunk, route=ROUTE_FULL_MODEL)
+            _compare(start, mesh, full, result)
+            progress(result.texts)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(callers):
+            group.create_task(caller())
+    if result.differing:
+        result.differing.sort()
+        result.first = await locate(client, result.differing[0], texts[result.differing[0]])
+    return result
+
+
+def _compare(start: int, mesh: ClassifyResponse, full: ClassifyResponse, result: Comparison) -> None:
+    for index, (left, right) in enumerate(zip(mesh.results, full.results, strict=True), start=start):
+        logits, reference = np.float32(left.logits), np.float32(right.logits)
+        same = np.array_equal(_bits(logits), _bits(reference)) and np.array_equal(
+            _bits(np.float32(left.probabilities)), _bits(np.float32(right.probabilities))
+        )
+        result.texts += 1
+        result.inexact += not left.exact
+        if not same:
+            result.differing.append(index)
+            result.largest = max(result.largest, float(np.abs(logits - reference).max()))
+
+
+async def locate(client: Client, index: int, text: str) -> Difference | None:
+    """Finds where the two routes part on one text; None where inspection is switched off."""
+    try:
+        mesh = await client.inspect(text, ROUTE_MESH)
+        full = await client.inspect(text, ROUTE_FULL_MODEL)
+    except WrongPart:
+        return None
+    return first_difference(index, mesh, full)
+
+
+def first_difference(index: int, mesh: InspectResponse, full: InspectResponse) -> Difference:
+    """Compares two traces of one text in the order of a request."""
+    if not _same(mesh.ids, full.ids):
+        return Difference(index, "tokenizer")
+    if not _same(mesh.embedded, full.embedded):
+        return Difference(index, "embedding")
+    for layer, (left, right) in enumerate(zip(mesh.layers, full.layers, strict=True)):
+        if not _same(left.input, right.input):
+            return Difference(index, "combine", layer - 1)
+        for given, expected in (
+            (left.residual, right.residual),
+            (left.expert_input, right.expert_input),
+            (left.expert_ids, right.expert_ids),
+            (left.weights, right.weights),
+        ):
+            if not _same(given, expected):
+                return Difference(index, "gating", layer)
+        expert = _differing_expert(left, right)
+        if expert is not None:
+            return Difference(index, "expert", layer, expert)
+    return Difference(index, "" if _same(mesh.logits, full.logits) else "classifier")
+
+
+def _differing_expert(left: LayerTrace, right: LayerTrace) -> int | None:
+    counts_E = _array(left.expert_counts, wire.INT32)
+    rows_ND, reference_ND = _array(left.expert_rows, wire.FLOAT32), _array(right.expert_rows, wire.FLOAT32)
+    differs_N = (_bits(rows_ND) != _bits(reference_ND)).any(axis=1)
+    if not differs_N.any():
+        return None
+    return int(np.searchsorted(np.cumsum(counts_E), int(differs_N.argmax()), side="right"))
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and list(left.shape) == list(right.shape) and left.data == right.data
+
+
+def _array(tensor: Tensor, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    return wire.decode(tensor, dtype, tuple(tensor.shape), "trace")
+
+
+def _bits(array: npt.NDArray[np.float32]) -> Bits:
+    return array.view(np.uint32)

@@ -1,0 +1,1 @@
+"""The classifier: last norm, pooling, classes."""

@@ -1,0 +1,32 @@
+"""What the classifier offers."""
+
+from __future__ import annotations
+
+import grpc.aio
+
+from expertmesh import wire
+from expertmesh.model.arrays import to_numpy
+from expertmesh.serving.stage import Stage
+from expertmesh.v1.classifier_pb2 import ScoreRequest, ScoreResponse
+from expertmesh.v1.classifier_pb2_grpc import ClassifierServiceServicer
+
+
+class ClassifierServicer(ClassifierServiceServicer):
+    """The head."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._classifier = stage.loader.classifier()
+
+    async def Score(self, request: ScoreRequest, context: grpc.aio.ServicerContext) -> ScoreResponse:
+        """Gives logits and probabilities of a batch of sequences."""
+        spec = self._stage.spec
+        x_TD = wire.decode_finite(request.rows, (None, spec.width), "rows")
+        lengths_B = wire.decode_lengths(request.lengths, len(x_TD), spec.context)
+        scores = await self._stage.compute(
+            len(x_TD), lambda: self._classifier(self._stage.tensor(x_TD), self._stage.sequences(lengths_B))
+        )
+        return ScoreResponse(
+            logits=wire.encode(to_numpy(scores.logits_BC)),
+            probabilities=wire.encode(to_numpy(scores.probabilities_BC)),
+        )

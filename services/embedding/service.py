@@ -1,0 +1,33 @@
+"""What the embedding offers."""
+
+from __future__ import annotations
+
+import grpc.aio
+
+from expertmesh import wire
+from expertmesh.errors import InvalidInput
+from expertmesh.model.arrays import to_numpy
+from expertmesh.serving.stage import Stage
+from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
+from expertmesh.v1.embedding_pb2_grpc import EmbeddingServiceServicer
+
+
+class EmbeddingServicer(EmbeddingServiceServicer):
+    """Token ids to rows."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._embedding = stage.loader.embedding()
+
+    async def Embed(self, request: EmbedRequest, context: grpc.aio.ServicerContext) -> EmbedResponse:
+        """Embeds the tokens of a batch of sequences."""
+        spec = self._stage.spec
+        ids_T = wire.decode(request.ids, wire.INT32, (None,), "ids")
+        lengths_B = wire.decode_lengths(request.lengths, len(ids_T), spec.context)
+        if ids_T.min() < 0 or ids_T.max() >= spec.embedding.vocab:
+            raise InvalidInput(f"every id must be in [0, {spec.embedding.vocab})", "ids")
+        rows_TD = await self._stage.compute(
+            len(ids_T),
+            lambda: self._embedding(self._stage.tensor(ids_T).long(), self._stage.sequences(lengths_B)),
+        )
+        return EmbedResponse(rows=wire.encode(to_numpy(rows_TD)))

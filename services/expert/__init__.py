@@ -1,0 +1,1 @@
+"""Experts: one expert of every layer, or any set of (layer, expert)."""

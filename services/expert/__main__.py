@@ -1,0 +1,44 @@
+"""Starts experts: `python -m services.expert --model DIR --experts '*:3' --listen ADDRESS`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from expertmesh.mesh_file import parse_experts
+from expertmesh.rpc.server import Program, Servicer, main_guard, run
+from expertmesh.rpc.settings import ModelSettings, read_settings, setting
+from expertmesh.serving.stage import Stage
+from expertmesh.telemetry.tracing import Tracing
+from expertmesh.v1.expert_pb2_grpc import add_ExpertServiceServicer_to_server
+from expertmesh.v1.testing_pb2_grpc import add_TestingServiceServicer_to_server
+from services.expert.service import ExpertServicer, TestingServicer
+
+
+@dataclass(frozen=True)
+class ExpertSettings(ModelSettings):
+    """What an expert service can be told."""
+
+    experts: str = setting("what it holds: LAYER:EXPERT, with * for every one, comma-separated", "*:*")
+    testing: bool = setting("offer faults on demand, for tests only", False)
+
+
+def load(settings: ExpertSettings, tracing: Tracing) -> Program:
+    """Loads the experts and warms them up."""
+    stage = Stage("expert", settings)
+    spec = stage.spec
+    pairs = parse_experts(tuple(settings.experts.split(",")), spec.layers, spec.router.experts)
+    servicer = ExpertServicer(stage, pairs)
+    registrations = [Servicer("expertmesh.v1.ExpertService", add_ExpertServiceServicer_to_server, servicer)]
+    if settings.testing:
+        faults = TestingServicer(servicer)
+        registrations.append(Servicer("expertmesh.v1.TestingService", add_TestingServiceServicer_to_server, faults))
+    return Program(registrations, stage.description())
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the program until it is stopped; gives its exit status."""
+    return run(read_settings(ExpertSettings, "expert", arguments), "expert", load)
+
+
+if __name__ == "__main__":
+    main_guard(main)

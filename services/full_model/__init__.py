@@ -1,0 +1,1 @@
+"""The full model: every stage in one process, the mesh's fallback."""

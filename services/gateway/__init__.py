@@ -1,0 +1,1 @@
+"""The gateway: callers' requests through the mesh. It holds no weights and imports no torch."""

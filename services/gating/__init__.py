@@ -1,0 +1,1 @@
+"""Gating: attention and router of every layer."""

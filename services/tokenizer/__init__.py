@@ -1,0 +1,1 @@
+"""The tokenizer: text to token ids and back."""
