@@ -60,8 +60,8 @@ class Client:
     async def classify(
         self,
         texts: Sequence[str],
-        contract: Contract.ValueType = CONTRACT_UNSPECIFIED,
-        route: Route.ValueType = ROUTE_UNSPECIFIED,
+        contract: Contract = CONTRACT_UNSPECIFIED,
+        route: Route = ROUTE_UNSPECIFIED,
         include_experts: bool = False,
     ) -> ClassifyResponse:
         """Classifies raw texts; the reply has one result for each, in their order."""
@@ -71,7 +71,7 @@ class Client:
             raise InvalidInput("texts must be strings that are valid Unicode", "texts") from None
         return await self._call(self._inference.Classify, request)  # type: ignore[no-any-return]
 
-    async def inspect(self, text: str, route: Route.ValueType) -> InspectResponse:
+    async def inspect(self, text: str, route: Route) -> InspectResponse:
         """Gives hidden states, routes and logits of one text; the program must have inspection switched on."""
         return await self._call(self._inspection.Inspect, InspectRequest(text=text, route=route))  # type: ignore[no-any-return]
 

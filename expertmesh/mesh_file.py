@@ -107,7 +107,8 @@ class MeshFile:
 
 
 def _service(table: dict[str, Any]) -> Service:
-    return Service(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    return Service(**plain)
 
 
 def parse_experts(patterns: tuple[str, ...], layers: int, experts: int) -> list[tuple[int, int]]:

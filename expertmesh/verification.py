@@ -104,10 +104,9 @@ async def compare(
 
 def _compare(start: int, mesh: ClassifyResponse, full: ClassifyResponse, result: Comparison) -> None:
     for index, (left, right) in enumerate(zip(mesh.results, full.results, strict=True), start=start):
-        logits, reference = np.float32(left.logits), np.float32(right.logits)
-        same = np.array_equal(_bits(logits), _bits(reference)) and np.array_equal(
-            _bits(np.float32(left.probabilities)), _bits(np.float32(right.probabilities))
-        )
+        logits, reference = np.array(left.logits, np.float32), np.array(right.logits, np.float32)
+        probabilities, expected = np.array(left.probabilities, np.float32), np.array(right.probabilities, np.float32)
+        same = np.array_equal(_bits(logits), _bits(reference)) and np.array_equal(_bits(probabilities), _bits(expected))
         result.texts += 1
         result.inexact += not left.exact
         if not same:

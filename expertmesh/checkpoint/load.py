@@ -58,8 +58,9 @@ class StageLoader:
         model.embedding = self.embedding()
         for layer in range(self.spec.layers):
             model.gating[layer] = self.gating(layer)
-            for expert in range(self.spec.router.experts):
-                model.experts[layer][expert] = self.expert(layer, expert)  # type: ignore[index]
+            model.experts[layer] = nn.ModuleList(
+                self.expert(layer, expert) for expert in range(self.spec.router.experts)
+            )
         model.classifier = self.classifier()
         return model.eval()
 

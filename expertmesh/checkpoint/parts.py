@@ -22,7 +22,7 @@ def parse(data: bytes, what: str) -> dict[str, Tensor]:
         BadCheckpoint: The bytes are no safetensors, or hold a tensor of a dtype that is not understood.
     """
     try:
-        tensors = safetensors.torch.load(data)
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise BadCheckpoint(f"{what} is no safetensors file: {error}") from None
     for name, tensor in tensors.items():

@@ -92,7 +92,7 @@ def _checked(text: str) -> Line:
 
 
 async def _classify(
-    lines: list[Line], route: Route.ValueType, address: str, run_dir: Path, model: Path | None
+    lines: list[Line], route: Route, address: str, run_dir: Path, model: Path | None
 ) -> list[dict[str, Any]]:
     good = [line.text for line in lines if not line.error]
     answers: list[dict[str, Any]] = []
@@ -106,7 +106,7 @@ async def _classify(
     return [{"text": line.text, "error": line.error} if line.error else next(given) for line in lines]
 
 
-async def _answers(client: Client, texts: list[str], route: Route.ValueType) -> AsyncIterator[dict[str, Any]]:
+async def _answers(client: Client, texts: list[str], route: Route) -> AsyncIterator[dict[str, Any]]:
     for start in range(0, len(texts), CALL_TEXTS):
         chunk = texts[start : start + CALL_TEXTS]
         try:
@@ -122,7 +122,7 @@ async def _answers(client: Client, texts: list[str], route: Route.ValueType) -> 
             raise SetupError(f"the mesh did not answer: {error}") from None
 
 
-async def _call(client: Client, texts: list[str], route: Route.ValueType) -> list[dict[str, Any]]:
+async def _call(client: Client, texts: list[str], route: Route) -> list[dict[str, Any]]:
     response = await client.classify(texts, route=route)
     return [
         {

@@ -88,10 +88,11 @@ class Supervisor:
         self._spawn(self._listen())
         for child in sorted(self._children.values(), key=lambda child: not child.process.fresh):
             self._launch(child)
-        everyone = asyncio.gather(*(child.healthy.wait() for child in self._children.values()))
+        everyone = asyncio.ensure_future(self._everyone_is_healthy())
+        waits: list[asyncio.Future[Any]] = [everyone, self._failure]
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                await asyncio.wait([everyone, self._failure], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             late = [name for name, child in self._children.items() if not child.healthy.is_set()]
             raise SetupError(f"not ready within {START_TIMEOUT_S:.0f} s: {', '.join(late)}") from None
@@ -196,6 +197,9 @@ class Supervisor:
         await asyncio.sleep(delay_s)
         child.restarts += 1
         self._launch(child)
+
+    async def _everyone_is_healthy(self) -> None:
+        await asyncio.gather(*(child.healthy.wait() for child in self._children.values()))
 
     async def _see_healthy(self, child: _Child) -> None:
         pid = child.pid

@@ -61,7 +61,8 @@ class FullModel(nn.Module):
             case Gate(layer=layer, x_TD=x_TD):
                 return self.gating[layer](x_TD, sequences)
             case ApplyExperts(layer=layer, rows_ND=rows_ND):
-                experts = self.experts[layer]
-                return torch.cat([experts[expert](rows_ND[rows]) for expert, rows in call.slices()])
+                experts: Any = self.experts[layer]
+                parts = torch.split(rows_ND, call.counts_E.tolist())
+                return torch.cat([experts[expert](part) for expert, part in enumerate(parts) if len(part)])
             case Score(x_TD=x_TD):
                 return self.classifier(x_TD, sequences)

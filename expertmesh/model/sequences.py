@@ -54,7 +54,9 @@ class Sequences:
     def groups(self) -> list[Group]:
         """The sequences by padded length, shortest first."""
         padded_B = (self.lengths_B + LENGTH_MULTIPLE - 1) // LENGTH_MULTIPLE * LENGTH_MULTIPLE
-        return [self._group(torch.nonzero(padded_B == length)[:, 0], int(length)) for length in padded_B.unique()]
+        return [
+            self._group(torch.nonzero(padded_B == length)[:, 0], length) for length in sorted(set(padded_B.tolist()))
+        ]
 
     def _group(self, members_N: Tensor, length: int) -> Group:
         lengths_N = self.lengths_B[members_N]

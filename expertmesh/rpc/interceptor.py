@@ -61,8 +61,8 @@ def _guarded(method: str, run: Handler, parse: Callable[[bytes], Any]) -> Handle
             raise
         except TimeoutError:
             code = grpc.StatusCode.DEADLINE_EXCEEDED
-            error = DeadlineExceeded("the deadline has passed")
-            await context.abort(code, str(error), ((DETAILS_KEY, details_of(error)),))
+            late = DeadlineExceeded("the deadline has passed")
+            await context.abort(code, str(late), ((DETAILS_KEY, details_of(late)),))
         except Exception:
             code = grpc.StatusCode.INTERNAL
             error_id = secrets.token_hex(8)

@@ -111,7 +111,8 @@ def read_settings(
         parser.add_argument(
             _flag(entry),
             help=f"{entry.metadata['help']}{default}",
-            **({"nargs": "?", "const": "true"} if is_switch else {}),
+            nargs="?" if is_switch else None,
+            const="true" if is_switch else None,
         )
     flags = vars(parser.parse_args(arguments))
     stored = _read_file(flags["config"], {entry.name for entry in fields(cls)})

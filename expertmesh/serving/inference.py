@@ -25,7 +25,7 @@ class Classifier(Protocol):
     """Answers texts under a contract."""
 
     async def classify(
-        self, texts: Sequence[str], contract: Contract.ValueType, route: Route.ValueType, deadline: Deadline
+        self, texts: Sequence[str], contract: Contract, route: Route, deadline: Deadline
     ) -> list[Answer]:
         """Answers texts, in their order; raises MeshError if one of them cannot be."""
 
@@ -76,12 +76,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return response
 
 
-def route_name(route: Route.ValueType) -> str:
+def route_name(route: Route) -> str:
     """A route as people read it: `mesh`, `full-model`, `degraded`."""
     return Route.Name(route).removeprefix("ROUTE_").lower().replace("_", "-")
 
 
-def parse_route(name: str) -> Route.ValueType:
+def parse_route(name: str) -> Route:
     """The route that a name stands for; the empty name leaves it open.
 
     Raises:

@@ -72,7 +72,7 @@ class ExpertTokens:
 class Provenance:
     """How an answer came to be: its route, whether it is exact, and the profile it was computed on."""
 
-    route: Route.ValueType
+    route: Route
     exact: bool
     profile: str
 

@@ -7,7 +7,8 @@ from expertmesh.rpc.settings import ModelSettings, read_settings
 from expertmesh.serving.stage import Stage
 from expertmesh.telemetry.tracing import Tracing
 from expertmesh.v1.classifier_pb2_grpc import add_ClassifierServiceServicer_to_server
-from services.classifier.service import ClassifierServicer
+
+from .service import ClassifierServicer
 
 
 def load(settings: ModelSettings, tracing: Tracing) -> Program:

@@ -7,7 +7,8 @@ from expertmesh.rpc.settings import ModelSettings, read_settings
 from expertmesh.serving.stage import Stage
 from expertmesh.telemetry.tracing import Tracing
 from expertmesh.v1.embedding_pb2_grpc import add_EmbeddingServiceServicer_to_server
-from services.embedding.service import EmbeddingServicer
+
+from .service import EmbeddingServicer
 
 
 def load(settings: ModelSettings, tracing: Tracing) -> Program:

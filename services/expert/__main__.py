@@ -11,7 +11,8 @@ from expertmesh.serving.stage import Stage
 from expertmesh.telemetry.tracing import Tracing
 from expertmesh.v1.expert_pb2_grpc import add_ExpertServiceServicer_to_server
 from expertmesh.v1.testing_pb2_grpc import add_TestingServiceServicer_to_server
-from services.expert.service import ExpertServicer, TestingServicer
+
+from .service import ExpertServicer, TestingServicer
 
 
 @dataclass(frozen=True)

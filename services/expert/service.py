@@ -58,7 +58,7 @@ class ExpertServicer(ExpertServiceServicer):
         return [self.pair2expert[request.layer, expert] for expert in ids]
 
     def _apply(self, experts: list[Expert], counts: list[int], rows_ND: npt.NDArray) -> npt.NDArray:  # type: ignore[type-arg]
-        pieces = self._stage.tensor(rows_ND).split(counts)
+        pieces = torch.split(self._stage.tensor(rows_ND), counts)
         return to_numpy(torch.cat([expert(piece) for expert, piece in zip(experts, pieces, strict=True)]))
 
     def _digest(self, layer: int, expert: int) -> bytes:

@@ -12,7 +12,8 @@ from expertmesh.serving.inspection import InspectionServicer
 from expertmesh.serving.stage import Stage
 from expertmesh.telemetry.tracing import Tracing
 from expertmesh.v1.description_pb2 import Part
-from services.full_model.service import LocalClassifier
+
+from .service import LocalClassifier
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class LocalClassifier:
         self._compute(["warm-up"], lambda call, result: None)
 
     async def classify(
-        self, texts: Sequence[str], contract: Contract.ValueType, route: Route.ValueType, deadline: Deadline
+        self, texts: Sequence[str], contract: Contract, route: Route, deadline: Deadline
     ) -> list[Answer]:
         """Answers texts, in their order.
 

@@ -18,10 +18,11 @@ from expertmesh.serving.inspection import InspectionServicer
 from expertmesh.telemetry.logging import event
 from expertmesh.telemetry.tracing import Tracing
 from expertmesh.v1.description_pb2 import DescribeResponse
-from services.gateway.http import application, serve
-from services.gateway.mesh import Mesh
-from services.gateway.open_inference import OpenInferenceServicer
-from services.gateway.routes import RoutedClassifier
+
+from .http import application, serve
+from .mesh import Mesh
+from .open_inference import OpenInferenceServicer
+from .routes import RoutedClassifier
 
 
 @dataclass(frozen=True)

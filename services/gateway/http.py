@@ -53,7 +53,7 @@ CONTRACTS = {
 @dataclass(frozen=True)
 class _Body:
     text: str
-    contract: inference_pb2.Contract.ValueType
+    contract: inference_pb2.Contract
     timeout_s: float
 
 
@@ -71,7 +71,7 @@ def application(inference: InferenceServicer, is_ready: Callable[[], bool]) -> S
     async def by_full_model(request: Request) -> Response:
         return await _infer(request, inference_pb2.ROUTE_FULL_MODEL)
 
-    async def _infer(request: Request, route: inference_pb2.Route.ValueType) -> Response:
+    async def _infer(request: Request, route: inference_pb2.Route) -> Response:
         body = _parse(await _read(request))
         message = ClassifyRequest(texts=[body.text], contract=body.contract, route=route)
         return JSONResponse(_reply(await inference.answer(message, Deadline.after(body.timeout_s))))

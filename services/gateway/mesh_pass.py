@@ -24,7 +24,8 @@ from expertmesh.v1.expert_pb2 import ApplyRequest, ApplyResponse
 from expertmesh.v1.gating_pb2 import GateRequest, GateResponse
 from expertmesh.v1.inference_pb2 import ROUTE_MESH
 from expertmesh.v1.tokenizer_pb2 import EncodeRequest, EncodeResponse
-from services.gateway.mesh import Mesh, expert_unavailable
+
+from .mesh import Mesh, expert_unavailable
 
 Rows = npt.NDArray[np.float32]
 
@@ -176,7 +177,8 @@ class MeshPass:
             if reply.layer != call.layer or list(reply.experts) != experts or list(reply.digests) != digests:
                 raise CorruptReply("it is of another layer, expert or weight than was asked for")
             self._note(replica)
-            return wire.decode_finite(reply.rows, rows_ND.shape, "rows")
+            out: Rows = wire.decode_finite(reply.rows, rows_ND.shape, "rows")
+            return out
 
         request = ApplyRequest(
             layer=call.layer,

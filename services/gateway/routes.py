@@ -22,8 +22,9 @@ from expertmesh.v1.inference_pb2 import (
     Route,
 )
 from expertmesh.v1.inspection_pb2 import InspectRequest, InspectResponse
-from services.gateway.mesh import Mesh
-from services.gateway.mesh_pass import MeshPass
+
+from .mesh import Mesh
+from .mesh_pass import MeshPass
 
 
 class RoutedClassifier:
@@ -39,7 +40,7 @@ class RoutedClassifier:
         self._batcher: Batcher[str, Answer] = Batcher(self._run_pass, limits)
 
     async def classify(
-        self, texts: Sequence[str], contract: Contract.ValueType, route: Route.ValueType, deadline: Deadline
+        self, texts: Sequence[str], contract: Contract, route: Route, deadline: Deadline
     ) -> list[Answer]:
         """Answers texts, in their order.
 

@@ -7,7 +7,8 @@ from expertmesh.rpc.settings import ModelSettings, read_settings
 from expertmesh.serving.stage import Stage
 from expertmesh.telemetry.tracing import Tracing
 from expertmesh.v1.gating_pb2_grpc import add_GatingServiceServicer_to_server
-from services.gating.service import GatingServicer
+
+from .service import GatingServicer
 
 
 def load(settings: ModelSettings, tracing: Tracing) -> Program:

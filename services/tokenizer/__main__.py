@@ -10,7 +10,8 @@ from expertmesh.rpc.settings import ModelSettings, read_settings
 from expertmesh.telemetry.tracing import Tracing
 from expertmesh.v1.description_pb2 import DescribeResponse, Part
 from expertmesh.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
-from services.tokenizer.service import TokenizerServicer
+
+from .service import TokenizerServicer
 
 
 def load(settings: ModelSettings, tracing: Tracing) -> Program:

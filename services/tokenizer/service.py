@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import grpc.aio
-import numpy as np
 
 from expertmesh import wire
 from expertmesh.errors import InvalidInput
@@ -44,4 +43,4 @@ class TokenizerServicer(TokenizerServiceServicer):
         ids_T = wire.decode(request.ids, wire.INT32, (None,), "ids")
         if ids_T.min() < 0 or ids_T.max() >= self._tokenizer.vocab:
             raise InvalidInput(f"every id must be in [0, {self._tokenizer.vocab})", "ids")
-        return DecodeResponse(text=self._tokenizer.decode(ids_T.astype(np.int32)))
+        return DecodeResponse(text=self._tokenizer.decode(ids_T.tolist()))

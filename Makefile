@@ -1,0 +1,53 @@
+# The two commands a user needs: `make run` and `make test`. Each sets up what it needs.
+PYTHON ?= python3.11
+BIN := .venv/bin
+# Where torch comes from. Plain PyPI gives CUDA builds on Linux; for the CPU build:
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+.PHONY: run test setup check format stubs bench coverage clean
+
+run: .venv/run
+	$(BIN)/expertmesh demo models/agnews --file examples/headlines.txt
+
+test: .venv/dev
+	$(BIN)/python -m pytest --cov --cov-report= $(PYTEST_ARGS)
+	$(BIN)/coverage report --fail-under=90
+
+setup: .venv/dev
+
+.venv/python:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/run: .venv/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/dev: .venv/run
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf format --diff --exit-code
+	$(BIN)/python protos/check_fresh.py
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	cd protos && ../$(BIN)/buf format --write
+
+stubs: .venv/dev
+	protos/generate.sh $(BIN)/python
+
+bench: .venv/dev
+	$(BIN)/python benchmarks/classify.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
