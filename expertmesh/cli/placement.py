@@ -35,7 +35,7 @@ def read_options(
     grpc: str = "127.0.0.1:0",
     http: str = "127.0.0.1:0",
     inspect: bool = False,
-    testing: bool = False,
+    faults: bool = False,
     full_model: bool = True,
 ) -> Options:
     """Options of a local mesh from those of the command line.
@@ -48,7 +48,7 @@ def read_options(
         if not value.isdecimal():
             raise SetupError(f"--replicas {name}={value}: {value!r} is no number")
         counts[name] = int(value)
-    return Options(grpc, http, expert_services, counts, _pairs(devices, "--device"), inspect, testing, full_model)
+    return Options(grpc, http, expert_services, counts, _pairs(devices, "--device"), inspect, faults, full_model)
 
 
 def _pairs(values: list[str] | None, option: str) -> dict[str, str]:

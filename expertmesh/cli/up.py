@@ -26,10 +26,10 @@ def up(
     full_model: Annotated[bool, typer.Option(help="Also run the full model, to fall back on.")] = True,
     restart: Annotated[bool, typer.Option(help="Start a process that dies again, after 2 s, then 4 s, ...")] = True,
     inspect: Annotated[bool, typer.Option(help="Offer InspectionService, which shows hidden states.")] = False,
-    testing: Annotated[bool, typer.Option(help="Let experts offer faults on demand.")] = False,
+    faults: Annotated[bool, typer.Option(help="Let experts offer faults on demand.")] = False,
 ) -> None:
     """Starts a mesh, prints its addresses, and runs it until Ctrl-C, SIGTERM or `expertmesh down`."""
-    options = placement.read_options(expert_services, replicas, device, grpc, http, inspect, testing, full_model)
+    options = placement.read_options(expert_services, replicas, device, grpc, http, inspect, faults, full_model)
     session.run(_up(model, run_dir, options, restart))
 
 

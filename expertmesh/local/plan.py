@@ -28,7 +28,7 @@ class Options:
         replicas: Replicas by service name or kind; 1 where nothing is said.
         devices: Device by service name or kind; `cpu` where nothing is said.
         inspect: Whether gateway and full model offer InspectionService.
-        testing: Whether experts offer faults on demand.
+        faults: Whether experts offer faults on demand.
         full_model: Whether there is a full model to fall back on.
     """
 
@@ -38,7 +38,7 @@ class Options:
     replicas: Mapping[str, int] = field(default_factory=dict)
     devices: Mapping[str, str] = field(default_factory=dict)
     inspect: bool = False
-    testing: bool = False
+    faults: bool = False
     full_model: bool = True
 
 
@@ -142,7 +142,7 @@ def _process(
     else:
         arguments += [f"--model={mesh_file.model}", "--metrics=127.0.0.1:0", f"--device={device}"]
     if service.kind == "expert":
-        arguments += [f"--experts={','.join(service.experts)}", f"--testing={options.testing}"]
+        arguments += [f"--experts={','.join(service.experts)}", f"--faults={options.faults}"]
     if service.kind == "full_model":
         arguments.append(f"--threads={os.cpu_count() or 1}")
     if service.kind in ("gateway", "full_model"):

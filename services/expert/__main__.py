@@ -10,9 +10,9 @@ from expertmesh.rpc.settings import ModelSettings, read_settings, setting
 from expertmesh.serving.stage import Stage
 from expertmesh.telemetry.tracing import Tracing
 from expertmesh.v1.expert_pb2_grpc import add_ExpertServiceServicer_to_server
-from expertmesh.v1.testing_pb2_grpc import add_TestingServiceServicer_to_server
+from expertmesh.v1.fault_pb2_grpc import add_FaultServiceServicer_to_server
 
-from .service import ExpertServicer, TestingServicer
+from .service import ExpertServicer, FaultServicer
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ExpertSettings(ModelSettings):
     """What an expert service can be told."""
 
     experts: str = setting("what it holds: LAYER:EXPERT, with * for every one, comma-separated", "*:*")
-    testing: bool = setting("offer faults on demand, for tests only", False)
+    faults: bool = setting("offer faults on demand, for tests only", False)
 
 
 def load(settings: ExpertSettings, tracing: Tracing) -> Program:
@@ -30,9 +30,9 @@ def load(settings: ExpertSettings, tracing: Tracing) -> Program:
     pairs = parse_experts(tuple(settings.experts.split(",")), spec.layers, spec.router.experts)
     servicer = ExpertServicer(stage, pairs)
     registrations = [Servicer("expertmesh.v1.ExpertService", add_ExpertServiceServicer_to_server, servicer)]
-    if settings.testing:
-        faults = TestingServicer(servicer)
-        registrations.append(Servicer("expertmesh.v1.TestingService", add_TestingServiceServicer_to_server, faults))
+    if settings.faults:
+        faults = FaultServicer(servicer)
+        registrations.append(Servicer("expertmesh.v1.FaultService", add_FaultServiceServicer_to_server, faults))
     return Program(registrations, stage.description())
 
 

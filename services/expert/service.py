@@ -15,8 +15,8 @@ from expertmesh.serving.stage import Stage
 from expertmesh.telemetry import metrics
 from expertmesh.v1.expert_pb2 import ApplyRequest, ApplyResponse
 from expertmesh.v1.expert_pb2_grpc import ExpertServiceServicer
-from expertmesh.v1.testing_pb2 import ChangeWeightRequest, ChangeWeightResponse
-from expertmesh.v1.testing_pb2_grpc import TestingServiceServicer
+from expertmesh.v1.fault_pb2 import ChangeWeightRequest, ChangeWeightResponse
+from expertmesh.v1.fault_pb2_grpc import FaultServiceServicer
 
 
 class ExpertServicer(ExpertServiceServicer):
@@ -65,8 +65,8 @@ class ExpertServicer(ExpertServiceServicer):
         return self._stage.loader.manifest.parts[expert_part(layer, expert)].digest
 
 
-class TestingServicer(TestingServiceServicer):
-    """Faults on demand, offered only with `--testing`."""
+class FaultServicer(FaultServiceServicer):
+    """Faults on demand, offered only with `--faults`."""
 
     def __init__(self, experts: ExpertServicer) -> None:
         self._experts = experts

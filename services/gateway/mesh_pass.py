@@ -153,7 +153,7 @@ class MeshPass:
         service2work: dict[ReplicaSet, list[tuple[int, slice]]] = {}
         for expert, rows in call.slices():
             service2work.setdefault(self._mesh.holder(call.layer, expert), []).append((expert, rows))
-        out_ND = np.empty_like(call.rows_ND)
+        out_ND: Rows = np.empty_like(call.rows_ND)
         tasks = [
             asyncio.create_task(self._apply_at(service, call, work, out_ND)) for service, work in service2work.items()
         ]

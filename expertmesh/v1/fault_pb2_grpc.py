@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from expertmesh.v1 import testing_pb2 as expertmesh_dot_v1_dot_testing__pb2
+from expertmesh.v1 import fault_pb2 as expertmesh_dot_v1_dot_fault__pb2
 
 GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + f' but the generated code in expertmesh/v1/testing_pb2_grpc.py depends on'
+        + f' but the generated code in expertmesh/v1/fault_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class TestingServiceStub(object):
+class FaultServiceStub(object):
     """Faults on demand. A service offers this only where its settings switch it on.
     """
 
@@ -36,13 +36,13 @@ class TestingServiceStub(object):
             channel: A grpc.Channel.
         """
         self.ChangeWeight = channel.unary_unary(
-                '/expertmesh.v1.TestingService/ChangeWeight',
-                request_serializer=expertmesh_dot_v1_dot_testing__pb2.ChangeWeightRequest.SerializeToString,
-                response_deserializer=expertmesh_dot_v1_dot_testing__pb2.ChangeWeightResponse.FromString,
+                '/expertmesh.v1.FaultService/ChangeWeight',
+                request_serializer=expertmesh_dot_v1_dot_fault__pb2.ChangeWeightRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_fault__pb2.ChangeWeightResponse.FromString,
                 _registered_method=True)
 
 
-class TestingServiceServicer(object):
+class FaultServiceServicer(object):
     """Faults on demand. A service offers this only where its settings switch it on.
     """
 
@@ -54,22 +54,22 @@ class TestingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
 
-def add_TestingServiceServicer_to_server(servicer, server):
+def add_FaultServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'ChangeWeight': grpc.unary_unary_rpc_method_handler(
                     servicer.ChangeWeight,
-                    request_deserializer=expertmesh_dot_v1_dot_testing__pb2.ChangeWeightRequest.FromString,
-                    response_serializer=expertmesh_dot_v1_dot_testing__pb2.ChangeWeightResponse.SerializeToString,
+                    request_deserializer=expertmesh_dot_v1_dot_fault__pb2.ChangeWeightRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_fault__pb2.ChangeWeightResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'expertmesh.v1.TestingService', rpc_method_handlers)
+            'expertmesh.v1.FaultService', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('expertmesh.v1.TestingService', rpc_method_handlers)
+    server.add_registered_method_handlers('expertmesh.v1.FaultService', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
-class TestingService(object):
+class FaultService(object):
     """Faults on demand. A service offers this only where its settings switch it on.
     """
 
@@ -87,9 +87,9 @@ class TestingService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/expertmesh.v1.TestingService/ChangeWeight',
-            expertmesh_dot_v1_dot_testing__pb2.ChangeWeightRequest.SerializeToString,
-            expertmesh_dot_v1_dot_testing__pb2.ChangeWeightResponse.FromString,
+            '/expertmesh.v1.FaultService/ChangeWeight',
+            expertmesh_dot_v1_dot_fault__pb2.ChangeWeightRequest.SerializeToString,
+            expertmesh_dot_v1_dot_fault__pb2.ChangeWeightResponse.FromString,
             options,
             channel_credentials,
             insecure,
