@@ -51,7 +51,7 @@ def drawn(count: int, seed: int, offset: int) -> Company:
 
 EVERY_COUNT = [first(count) for count in range(1, ROWS + 1)]
 # where two threads share the work a busy machine makes each call slow, so these are fewer
-SOME_COUNTS = [first(count) for count in (*range(1, 13), 15, 17, 24, 31, 33, 64, 100, 129, 199)]
+SOME_COUNTS = [first(count) for count in (1, 2, 3, 5, 7, 9, 10, 11, 24, 33, 100, 199)]
 one_or_two_threads = st.sampled_from([1, 1, 1, 2])
 companies = st.builds(drawn, st.integers(1, ROWS), st.integers(0, 2**32 - 1), st.integers(0, 17))
 

@@ -315,7 +315,7 @@ def test_gating_gives_every_token_the_same_bits_and_routes_in_any_batch(lengths:
 # Experts
 
 
-@few(60)
+@few(30)
 @given(
     st.integers(1, 200),
     st.integers(0, 2**32 - 1),
