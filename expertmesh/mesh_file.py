@@ -51,6 +51,9 @@ class Service:
             raise SetupError(f"mesh file: service {self.name!r} has the unknown kind {self.kind!r}")
         if not self.name.replace("-", "").replace("_", "").isalnum():
             raise SetupError(f"mesh file: {self.name!r} is no name of a service")
+        for value in (self.replicas, self.experts):
+            if not isinstance(value, tuple) or not all(isinstance(entry, str) for entry in value):
+                raise SetupError(f"mesh file: service {self.name}: replicas and experts must be lists of strings")
         if not self.replicas:
             raise SetupError(f"mesh file: service {self.name} has no replicas")
         if (self.kind == "expert") != bool(self.experts):
@@ -102,7 +105,7 @@ class MeshFile:
             return cls(model=str(values["model"]), services=services)
         except KeyError as error:
             raise SetupError(f"mesh file {path}: {error} is missing") from None
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise SetupError(f"mesh file {path}: {error}") from None
 
 

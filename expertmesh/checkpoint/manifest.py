@@ -20,7 +20,7 @@ FILE_NAME = "manifest.json"
 FORMAT = 1
 MAX_MANIFEST_BYTES = 64 * 2**20
 
-_PART_FILE = re.compile(
+PART_FILE = re.compile(
     r"(embedding|classifier|gating/layer-\d{2,3}|experts/layer-\d{2,3}/expert-\d{2,3})\.safetensors"
     r"|tokenizer/[a-z_]+\.(json|model)"
 )
@@ -133,17 +133,17 @@ class Manifest:
                 for name, part in values["parts"].items()
             }
             manifest = cls(str(values["name"]), spec, parts, str(values.get("verified_on", "")))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            manifest._check(path)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise BadCheckpoint(f"{path} is damaged: {type(error).__name__}: {error}") from None
-        manifest._check(path)
         return manifest
 
     def _check(self, path: Path) -> None:
-        missing = [name for name in model_parts(self.spec) if name not in self.parts]
-        if missing:
-            raise BadCheckpoint(f"{path} misses {len(missing)} parts, the first is {missing[0]}")
+        missing = next((name for name in model_parts(self.spec) if name not in self.parts), None)
+        if missing is not None:
+            raise BadCheckpoint(f"{path} misses parts of the layers and experts in its spec, the first is {missing}")
         for name, part in self.parts.items():
-            if not _PART_FILE.fullmatch(part.file) or not part.file.startswith(name) or len(part.digest) != 32:
+            if not PART_FILE.fullmatch(part.file) or not part.file.startswith(name) or len(part.digest) != 32:
                 raise BadCheckpoint(f"{path}: part {name!r} has a file name or digest that cannot be right")
 
 

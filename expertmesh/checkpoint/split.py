@@ -19,6 +19,7 @@ from torch import Tensor
 
 from expertmesh.checkpoint.manifest import (
     FILE_NAME,
+    PART_FILE,
     Manifest,
     Part,
     expert_part,
@@ -53,6 +54,8 @@ def split(source: Path, target: Path, name: str = "", progress: Progress | None 
     Raises:
         BadCheckpoint: The source is missing, damaged, or not complete, or the target is some other folder.
     """
+    if target.exists() and not target.is_dir():
+        raise BadCheckpoint(f"{target} is no folder; choose another one")
     if target.exists() and any(target.iterdir()) and not (target / FILE_NAME).is_file():
         raise BadCheckpoint(f"{target} is not empty and holds no split model; choose another folder")
     source_name, spec, part2tensors, tokenizer_files = _read(source)
@@ -105,13 +108,17 @@ def _read(source: Path) -> tuple[str, ModelSpec, dict[str, dict[str, Tensor]], d
             raise BadCheckpoint(f"{source} is no checkpoint: it has no {file}")
     try:
         spec = ModelSpec.from_dict(json.loads((source / SPEC_FILE).read_bytes()))
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise BadCheckpoint(f"{source / SPEC_FILE} is no JSON: {error}") from None
     part2tensors: dict[str, dict[str, Tensor]] = {}
     for name, tensor in parse((source / WEIGHTS_FILE).read_bytes(), str(source / WEIGHTS_FILE)).items():
         part, inner = _place(name)
         part2tensors.setdefault(part, {})[inner] = tensor
-    files = {path.name: path.read_bytes() for path in sorted((source / TOKENIZER_FOLDER).iterdir())}
+    files = {
+        path.name: path.read_bytes()
+        for path in sorted((source / TOKENIZER_FOLDER).iterdir())
+        if PART_FILE.fullmatch(f"{TOKENIZER_FOLDER}/{path.name}")
+    }
     return source.resolve().name, spec, part2tensors, files
 
 

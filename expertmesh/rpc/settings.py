@@ -145,7 +145,7 @@ def _read_file(path: Path | str | None, known: set[str]) -> dict[str, Any]:
         return {}
     try:
         values = tomllib.loads(Path(path).read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SetupError(f"settings file {path} cannot be read: {error}") from None
     unknown = sorted(set(values) - known)
     check(not unknown, f"settings file {path}: unknown keys: {', '.join(unknown)}")
@@ -156,6 +156,8 @@ def _convert(value: Any, kind: type, name: str) -> Any:
     try:
         if kind is bool and not isinstance(value, bool):
             return _TRUTH[str(value).lower()]
+        if kind is int and isinstance(value, float):
+            raise ValueError(value)  # int() would cut it
         return kind(value)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise SetupError(f"{name} = {value!r} is no {kind.__name__}") from None
