@@ -43,8 +43,8 @@ def svm_predictions(parts: Split) -> Labels:
     from sklearn.pipeline import make_pipeline
     from sklearn.svm import LinearSVC
 
-    features = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, strip_accents="unicode")
-    model = make_pipeline(features, LinearSVC(C=0.5, random_state=0))
+    features = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    model = make_pipeline(features, LinearSVC(C=1.0, random_state=0))
     model.fit([row.text for row in parts.training], [row.label for row in parts.training])
     return np.asarray(model.predict([row.text for row in parts.heldout]), np.int64)
 

@@ -25,7 +25,7 @@ _NAMED_ENTITY = re.compile(r"&([A-Za-z][A-Za-z0-9]{1,30});")
 _BROKEN_ENTITY = re.compile(r"(?:& ?)?\b(quot|apos|amp|lt|gt|nbsp) ?;")
 _BROKEN = {"quot": '"', "apos": "'", "amp": "&", "lt": "<", "gt": ">", "nbsp": " "}
 _TAG = re.compile(
-    r"</? ?(?:a|b|i|u|p|br|em|strong|font|span|div|img|table|tbody|tr|td|th|ul|ol|li|center|script|h[1-6])"
+    r"<\s?/?\s?(?:a|b|i|u|p|br|em|strong|font|span|div|img|table|tbody|tr|td|th|ul|ol|li|center|script|h[1-6])"
     r"(?:[\s/][^<>]{0,1000})?(?:>|\Z)",
     re.IGNORECASE,
 )

@@ -70,19 +70,18 @@ class Trainer:
 
     def run(self, stop_after: int | None = None) -> dict[str, Any]:
         """Trains to the end, or until `stop_after` steps of the whole run are done; gives the last report."""
-        per_epoch = self.batches.steps_per_epoch
+        per_epoch, save_every = self.batches.steps_per_epoch, self.config.train.save_every_steps
         with Report(self.console, self.steps, self.step) as report:
             while self.step < self.steps:
                 started = time.monotonic()
                 for batch in self.batches.epoch(self.step // per_epoch)[self.step % per_epoch :]:
                     report.step(self._train_step(batch.to(self.device)))
-                    save_every = self.config.train.save_every_steps
-                    if self.step % per_epoch and save_every and self.step % save_every == 0:
+                    if self.step % per_epoch == 0:
+                        report.epoch(self._end_epoch(started), self.config.train.epochs)
+                    elif self.step == stop_after or (save_every and self.step % save_every == 0):
                         self._save_state()
                     if self.step == stop_after:
-                        self._save_state()
                         return {}
-                report.epoch(self._end_epoch(started), self.config.train.epochs)
         return self._write_report()
 
     def _train_step(self, batch: Batch) -> float:

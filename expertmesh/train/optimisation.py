@@ -32,6 +32,7 @@ def make_optimizer(model: FullModel, settings: TrainSettings) -> torch.optim.Ada
         [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
         lr=settings.learning_rate,
         betas=(0.9, 0.98),
+        fused=True,
     )
 
 

@@ -9,16 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-COLUMNS = (
-    "epoch",
-    "loss",
-    "train acc",
-    "held-out loss",
-    "held-out acc",
-    "expert load, min-max share per layer",
-    "time",
-)
-WIDTHS = (7, 7, 9, 13, 12, 44, 7)
+COLUMNS = {"epoch": 5, "loss": 6, "right": 6, "held-out": 8, "right ": 8, "expert load, min-max": 22, "time": 5}
 
 
 class Report:
@@ -53,7 +44,7 @@ class Report:
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         """One epoch is done; `line` is its entry in the history."""
         table = Table(box=box.SIMPLE_HEAD, show_header=not self._headed, pad_edge=False)
-        for name, width in zip(COLUMNS, WIDTHS, strict=True):
+        for name, width in COLUMNS.items():
             table.add_column(name, width=width)
         loads = " ".join(f"{100 * min(layer):.1f}-{100 * max(layer):.1f}%" for layer in line["expert_shares"])
         table.add_row(
