@@ -5,6 +5,8 @@ BIN := .venv/bin
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# Threads that wait sleep, so that processes on few cores do not spin against each other.
+export OMP_WAIT_POLICY := passive
 
 .PHONY: run test setup check format stubs bench coverage clean
 

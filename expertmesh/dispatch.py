@@ -13,6 +13,7 @@ N = T*K dispatched rows, sorted by expert.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,22 +163,25 @@ def layer_loop(layers: int, experts: int, ids_T: Array, lengths_B: Array) -> Lay
 
 def drive(loop: LayerLoop, answer: Callable[[StageCall], Any]) -> Scores:
     """Runs a layer loop to its end with a function that answers each call."""
-    call = next(loop)
-    while True:
-        try:
-            call = loop.send(answer(call))
-        except StopIteration as stop:
-            scores: Scores = stop.value
-            return scores
+    with closing(loop):
+        call = next(loop)
+        while True:
+            result = answer(call)
+            try:
+                call = loop.send(result)
+            except StopIteration as stop:
+                scores: Scores = stop.value
+                return scores
 
 
 async def drive_async(loop: LayerLoop, answer: Callable[[StageCall], Awaitable[Any]]) -> Scores:
     """Runs a layer loop to its end with a coroutine that answers each call."""
-    call = next(loop)
-    while True:
-        result = await answer(call)
-        try:
-            call = loop.send(result)
-        except StopIteration as stop:
-            scores: Scores = stop.value
-            return scores
+    with closing(loop):
+        call = next(loop)
+        while True:
+            result = await answer(call)
+            try:
+                call = loop.send(result)
+            except StopIteration as stop:
+                scores: Scores = stop.value
+                return scores

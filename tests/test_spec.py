@@ -33,7 +33,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     heads, experts = draw(st.integers(1, 64)), draw(st.integers(1, 256))
     bigrams = draw(st.booleans())
     return ModelSpec(
-        width=heads * draw(st.integers(1, 256)),
+        width=heads * draw(st.integers(2, 256)),
         layers=draw(sizes),
         context=draw(sizes),
         embedding=EmbeddingSpec(draw(sizes), draw(sizes) if bigrams else 0, draw(sizes) if bigrams else 0),
@@ -123,8 +123,11 @@ def test_unknown_stages_are_refused_by_name_all_at_once() -> None:
 @pytest.mark.parametrize("value", ["cosine", "", "SOFTMAX", None, 1, ["mean"]])
 def test_an_unknown_kind_is_refused_by_name_with_the_known_ones(path: str, value: Any) -> None:
     message = refusal(changed(path, value))
-    assert f"{path} = " in message
-    assert "known: " in message
+    if isinstance(value, str):
+        assert f"{path} = " in message
+        assert "known: " in message
+    else:
+        assert f"{path} must be of type str" in message
 
 
 @pytest.mark.parametrize("size", [0, -1, -48])
@@ -145,6 +148,7 @@ def test_a_size_that_is_not_positive_is_refused_by_name(path: str, size: int) ->
         ("router.top_k", 9, "router.top_k must be in [1, 8], not 9"),
         ("attention.heads", 5, "width must be a multiple of attention.heads"),
         ("width", 50, "width must be a multiple of attention.heads"),
+        ("width", 1, "width must be at least 2"),
         ("embedding.bigram_buckets", 0, "bigram"),
         ("embedding.bigram_width", 0, "bigram"),
         ("head.labels", [], "head.labels"),
@@ -169,7 +173,7 @@ def test_a_missing_key_is_refused_by_name(path: str) -> None:
     *parents, key = path.split(".")
     del (values[parents[0]] if parents else values)[key]
     message = refusal(values)
-    assert f"'{key}'" in message
+    assert message.endswith(f"misses: {key}")
     assert all(parent in message for parent in parents)
 
 
@@ -182,11 +186,9 @@ def test_a_stage_that_is_no_table_is_refused_by_name(stage: str, value: Any) -> 
 @pytest.mark.parametrize("path", ["width", "embedding.vocab", "attention.heads", "router.top_k", "expert.width"])
 @pytest.mark.parametrize("value", ["48", None, [48], {"size": 48}])
 def test_a_size_that_is_no_number_is_refused_and_its_place_named(path: str, value: Any) -> None:
-    place = path.split(".")[0] if "." in path else "model"
-    assert f"{place}: " in refusal(changed(path, value))
+    assert f"{path} must be" in refusal(changed(path, value))
 
 
-@pytest.mark.xfail(strict=True, reason="negative pairs pass: bigram_buckets and bigram_width are only compared")
 @pytest.mark.parametrize(("buckets", "width"), [(-5, -3), (-5, 0), (0, -3)])
 def test_negative_bigram_tables_are_refused_by_name(buckets: int, width: int) -> None:
     values = plain()
@@ -194,7 +196,6 @@ def test_negative_bigram_tables_are_refused_by_name(buckets: int, width: int) ->
     assert "bigram" in refusal(values)
 
 
-@pytest.mark.xfail(strict=True, reason="types of sizes are not checked")
 @pytest.mark.parametrize(
     ("path", "value"),
     [("width", 48.0), ("layers", 1.5), ("context", 128.5), ("embedding.vocab", float("inf")), ("expert.width", 0.5),
@@ -204,19 +205,16 @@ def test_a_size_that_is_no_whole_number_is_refused_by_name(path: str, value: Any
     assert path in refusal(changed(path, value))
 
 
-@pytest.mark.xfail(strict=True, reason="the message quotes Python's TypeError, which names no key")
 @pytest.mark.parametrize("path", ["width", "embedding.vocab", "router.top_k", "expert.width"])
 def test_a_size_that_is_no_number_is_refused_by_name(path: str) -> None:
     assert path in refusal(changed(path, "48"))
 
 
-@pytest.mark.xfail(strict=True, reason="types of labels are not checked")
 @pytest.mark.parametrize("labels", ["ab", {"world": 0, "sports": 1}, [1, 2]])
 def test_labels_that_are_no_list_of_names_are_refused_by_name(labels: Any) -> None:
     assert "head.labels" in refusal(changed("head.labels", labels))
 
 
-@pytest.mark.xfail(strict=True, raises=(TypeError, ValueError), reason="dict() is called before the type is checked")
 @pytest.mark.parametrize("values", [None, 7, "spec", ["width", 48]])
 def test_a_spec_that_is_no_table_is_refused(values: Any) -> None:
     assert "must be a table" in refusal(values)

@@ -14,6 +14,7 @@ from expertmesh.mesh_file import KINDS, MeshFile, Service
 from expertmesh.rpc.settings import parse_host_port
 
 MESH_FILE = "mesh.toml"
+START_TIMEOUT_S = 120.0
 WITHOUT_TORCH = ("tokenizer", "gateway")
 
 
@@ -138,7 +139,7 @@ def _process(
     arguments = [f"--name={name}", f"--listen={address}"]
     device = options.devices.get(service.name, options.devices.get(service.kind, "cpu"))
     if service.kind == "gateway":
-        arguments += [f"--mesh={folder / MESH_FILE}", f"--http={service.http}"]
+        arguments += [f"--mesh={folder / MESH_FILE}", f"--http={service.http}", f"--settle-s={START_TIMEOUT_S}"]
     else:
         arguments += [f"--model={mesh_file.model}", "--metrics=127.0.0.1:0", f"--device={device}"]
     if service.kind == "expert":

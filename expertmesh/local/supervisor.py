@@ -18,15 +18,20 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertmesh.errors import SetupError
-from expertmesh.local.plan import MESH_FILE, Plan, Process
+from expertmesh.local.plan import MESH_FILE, START_TIMEOUT_S, Plan, Process
 from expertmesh.local.state import RunningMesh, RunningProcess
 from expertmesh.rpc.channel import open_channel
 
-START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 8.0
 RESTART_FIRST_S = 2.0
 RESTART_MOST_S = 30.0
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+# Processes share the cores: each computes with one thread unless its settings say more, and threads that wait sleep.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+}
 
 Show = Callable[[str, str], None]
 
@@ -83,7 +88,7 @@ class Supervisor:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
-            env={**os.environ, **ONE_THREAD},
+            env={**os.environ, **ENVIRONMENT},
         )
         self._spawn(self._listen())
         for child in sorted(self._children.values(), key=lambda child: not child.process.fresh):
@@ -113,9 +118,10 @@ class Supervisor:
         alive.sort(key=lambda child: child.process.kind != "gateway")
         for child in alive:
             self._tell({"do": "signal", "pid": child.pid, "signal": signal.SIGTERM})
-        with suppress(TimeoutError):
-            async with asyncio.timeout(STOP_TIMEOUT_S):
-                await asyncio.gather(*(child.ended.wait() for child in alive))
+        if self._nursery.returncode is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await asyncio.gather(*(child.ended.wait() for child in alive))
         assert self._nursery.stdin is not None
         self._nursery.stdin.close()  # the nursery kills what is left, and ends
         with suppress(TimeoutError):

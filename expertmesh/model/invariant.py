@@ -5,7 +5,8 @@ with the same bits; then the mesh equals the full model whatever shares a pass. 
 this on CPU in fp32 (measured, torch 2.13, AVX-512):
 
 - `F.linear` changes a row when there are 1 to 3 rows, and with two threads also at other counts that are no multiple
-  of 8: rows are padded to one. Narrow outputs change when the input is not aligned: it is copied.
+  of 8: rows are padded to one. Narrow outputs change when the input is not aligned, which is copied, or its width
+  is no multiple of 4, which is padded with zeros.
 - `F.silu`, `torch.sigmoid` and tanh-GELU round differently in the vector body and the tail of the flat tensor: they
   are written with `exp` and a division, which do not.
 - Attention over padded keys changes with the padded length: it is made a function of the sequence's own length.
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROW_MULTIPLE = 8
+COLUMN_MULTIPLE = 4
 ALIGNMENT_BYTES = 64
 
 
@@ -32,9 +34,11 @@ def aligned(x: Tensor) -> Tensor:
 
 def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """Multiplies rows with a weight matrix: [N, D] and [O, D] give [N, O]."""
-    rows = x_ND.shape[0]
-    padding = -rows % ROW_MULTIPLE
-    x_ND = F.pad(x_ND, (0, 0, 0, padding)) if padding else aligned(x_ND)
+    rows, columns = x_ND.shape
+    more_rows, more_columns = -rows % ROW_MULTIPLE, -columns % COLUMN_MULTIPLE
+    x_ND = F.pad(x_ND, (0, more_columns, 0, more_rows)) if more_rows or more_columns else aligned(x_ND)
+    if more_columns:
+        weight_OD = F.pad(weight_OD, (0, more_columns))
     return F.linear(x_ND, weight_OD, bias_O)[:rows]
 
 

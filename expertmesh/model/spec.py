@@ -6,8 +6,9 @@ Families of decoders will add values to the `kind` fields; a value that is not k
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import MISSING, asdict, dataclass, fields
+from math import isfinite
+from typing import Any, TypeVar, get_type_hints
 
 from expertmesh.errors import BadCheckpoint
 
@@ -38,6 +39,7 @@ class EmbeddingSpec:
 
     def __post_init__(self) -> None:
         _require(self.vocab > 0, "embedding.vocab must be positive")
+        _require(self.bigram_buckets >= 0 and self.bigram_width >= 0, "bigram sizes must not be negative")
         _require((self.bigram_buckets > 0) == (self.bigram_width > 0), "bigram_buckets and bigram_width go together")
 
 
@@ -129,6 +131,7 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         _require(self.width > 0 and self.layers > 0 and self.context > 0, "width, layers and context must be positive")
+        _require(self.width > 1, "width must be at least 2")
         _require(self.width % self.attention.heads == 0, "width must be a multiple of attention.heads")
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,6 +153,8 @@ class ModelSpec:
             "head": HeadSpec,
             "norm": NormSpec,
         }
+        if not isinstance(values, dict):
+            raise BadCheckpoint("model spec: it must be a table")
         plain = dict(values)
         for name, stage in stages.items():
             if name in plain:
@@ -160,11 +165,26 @@ class ModelSpec:
 def _from_dict(cls: type[T], values: Any, where: str) -> T:
     if not isinstance(values, dict):
         raise BadCheckpoint(f"model spec: {where} must be a table")
-    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - known)
+    hints = get_type_hints(cls)
+    unknown = sorted(str(key) for key in values.keys() - hints.keys())
     _require(not unknown, f"{where} has keys that are not known: {', '.join(unknown)}")
-    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    try:
-        return cls(**plain)
-    except TypeError as error:
-        raise BadCheckpoint(f"model spec: {where}: {error}") from None
+    missing = [
+        entry.name
+        for entry in fields(cls)  # type: ignore[arg-type]
+        if entry.default is MISSING and entry.name not in values
+    ]
+    _require(not missing, f"{where} misses: {', '.join(missing)}")
+    return cls(**{key: _typed(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+
+
+def _typed(value: Any, kind: Any, name: str) -> Any:
+    """A value of JSON or TOML as the type of its field; nothing is converted but what those formats cannot tell."""
+    if kind == tuple[str, ...]:
+        fits = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        _require(fits, f"{name} must be a list of strings")
+        return tuple(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    _require(type(value) is kind, f"{name} must be of type {kind.__name__}, not {type(value).__name__}")
+    _require(kind is not float or isfinite(value), f"{name} must be finite")
+    return value

@@ -105,14 +105,18 @@ def from_call(error: grpc.aio.AioRpcError, stage: str) -> errors.MeshError:
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return errors.DeadlineExceeded("the deadline has passed")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
-            layer, expert = info.get("layer"), info.get("expert")
             return errors.Unavailable(
                 text if info else f"{stage} does not answer",
                 info.get("stage", stage),
-                int(layer) if layer else None,
-                int(expert) if expert else None,
+                _number(info.get("layer", "")),
+                _number(info.get("expert", "")),
             )
         case grpc.StatusCode.UNIMPLEMENTED:
             return errors.WrongPart(f"{stage} does not offer this call; it is off unless its settings switch it on")
         case _:
             return errors.CorruptReply(f"{stage} failed")
+
+
+def _number(text: str) -> int | None:
+    """What a peer says is a number, if it is one."""
+    return int(text) if text.isdecimal() and len(text) < 10 else None

@@ -52,6 +52,8 @@ def _guarded(method: str, run: Handler, parse: Callable[[bytes], Any]) -> Handle
             return await run(_parsed(data, parse), context)
         except MeshError as error:
             code = code_of(error)
+            if code is grpc.StatusCode.INTERNAL:  # one that does not belong on the wire
+                await _abort_internal(method, context)
             await context.abort(code, str(error), ((DETAILS_KEY, details_of(error)),))
         except grpc.aio.AbortError:
             code = context.code() or grpc.StatusCode.UNKNOWN
@@ -65,14 +67,19 @@ def _guarded(method: str, run: Handler, parse: Callable[[bytes], Any]) -> Handle
             await context.abort(code, str(late), ((DETAILS_KEY, details_of(late)),))
         except Exception:
             code = grpc.StatusCode.INTERNAL
-            error_id = secrets.token_hex(8)
-            event("internal_error", level=logging.ERROR, exc_info=True, method=method, error_id=error_id)
-            await context.abort(code, f"internal error {error_id}")
+            await _abort_internal(method, context)
         finally:
             metrics.RPCS.labels(method, code.name).inc()
             metrics.RPC_SECONDS.labels(method).observe(time.monotonic() - started_s)
 
     return guarded
+
+
+async def _abort_internal(method: str, context: grpc.aio.ServicerContext) -> None:
+    """Ends a call with an id in place of the exception that is being handled; the log has both."""
+    error_id = secrets.token_hex(8)
+    event("internal_error", level=logging.ERROR, exc_info=True, method=method, error_id=error_id)
+    await context.abort(grpc.StatusCode.INTERNAL, f"internal error {error_id}")
 
 
 def _parsed(data: bytes, parse: Callable[[bytes], Any]) -> Any:

@@ -30,9 +30,9 @@ from expertmesh.v1.description_pb2_grpc import DescriptionServiceStub
 
 ReplyT = TypeVar("ReplyT")
 
-DESCRIBE_TIMEOUT_S = 2.0
+DESCRIBE_TIMEOUT_S = 1.0
 RETRY_FIRST_S = 0.1
-RETRY_MOST_S = 1.0
+RETRY_MOST_S = 0.5
 RETRY_REFUSED_S = 5.0
 ATTEMPTS_BEHIND_ONE_NAME = 3
 
@@ -132,8 +132,9 @@ class ReplicaSet:
 
     def unavailable(self) -> Unavailable:
         """The error that says that nobody is left."""
-        states = ", ".join(f"{replica.address.rpartition('/')[2]} {replica.state.value}" for replica in self.replicas)
-        return Unavailable(f"no replica of {self.name} answers ({states})", self.name)
+        states = Counter(replica.state.value for replica in self.replicas)
+        told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        return Unavailable(f"no replica of {self.name} answers ({told})", self.name)
 
     async def call(
         self, method: str, request: Any, deadline: Deadline, read: Callable[[Any, Replica], ReplyT]
@@ -185,6 +186,7 @@ class ReplicaSet:
         finally:
             replica.calls_under_way -= 1
         try:
+            _require_message(reply)
             return read(reply, replica)
         except MeshError as error:
             self._tell(replica, "corrupt", str(error))
@@ -216,6 +218,7 @@ class ReplicaSet:
             replica.state = State.CONNECTING
             return
         try:
+            _require_message(description)
             self._admit(description)
         except MeshError as error:
             if replica.state is not State.REFUSED:
@@ -251,6 +254,11 @@ class ReplicaSet:
 
     def _tell(self, replica: Replica, what: str, reason: str = "") -> None:
         self._notify(ReplicaEvent(self.name, replica.address, what, reason))
+
+
+def _require_message(reply: Any) -> None:
+    if reply is None:  # what gRPC gives, with status OK, for bytes that cannot be parsed
+        raise CorruptReply("it cannot be parsed")
 
 
 def require_parts(description: DescribeResponse, kind: str, parts: dict[str, bytes]) -> None:

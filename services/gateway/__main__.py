@@ -36,6 +36,7 @@ class GatewaySettings(Settings):
     pass_texts: int = setting("most texts that share a pass", 64)
     passes: int = setting("most passes under way at once", 2)
     waiting_texts: int = setting("most texts that wait; more are refused", 8192)
+    settle_s: float = setting("after a start, seconds to wait for replicas that are not there yet", 10.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,13 +45,14 @@ class GatewaySettings(Settings):
         check(self.pass_texts >= 1, "pass_texts must be at least 1")
         check(self.passes >= 1, "passes must be at least 1")
         check(self.waiting_texts >= 1, "waiting_texts must be at least 1")
+        check(0 <= self.settle_s <= 3600, "settle_s must be in [0, 3600]")
 
 
 def load(settings: GatewaySettings, tracing: Tracing) -> Program:
     """Reads the mesh file and the manifest, and connects to the services while it runs."""
     mesh_file = MeshFile.read(settings.mesh)
     manifest = Manifest.read(Path(settings.model or mesh_file.model))
-    mesh = Mesh(mesh_file, manifest, settings.max_message_bytes, tracing)
+    mesh = Mesh(mesh_file, manifest, settings.max_message_bytes, tracing, settings.settle_s)
     classifier = RoutedClassifier(mesh, Limits(settings.pass_texts, settings.passes, settings.waiting_texts))
     inference = InferenceServicer(manifest.spec, classifier)
 

@@ -29,8 +29,6 @@ from expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
 from expertmesh.v1.inspection_pb2_grpc import InspectionServiceStub
 from expertmesh.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 
-SETTLE_S = 15.0
-
 
 class FullModelStub:
     """The two gRPC services of a full model behind one name."""
@@ -58,12 +56,15 @@ class Mesh:
         manifest: What they must hold.
         max_message_bytes: Largest message accepted.
         tracing: Carries trace context on every call.
+        settle_s: After a start, how long to wait for replicas that are not there yet before saying ready without them.
 
     Raises:
         SetupError: A stage, or an expert of the model, is in no service; or a single stage is in two.
     """
 
-    def __init__(self, mesh_file: MeshFile, manifest: Manifest, max_message_bytes: int, tracing: Tracing) -> None:
+    def __init__(
+        self, mesh_file: MeshFile, manifest: Manifest, max_message_bytes: int, tracing: Tracing, settle_s: float
+    ) -> None:
         self.manifest = manifest
         self._connect = partial(open_channel, max_message_bytes=max_message_bytes, tracing=tracing)
         self.tokenizer = self._single(mesh_file, "tokenizer", manifest.tokenizer_parts())
@@ -79,12 +80,13 @@ class Mesh:
             self._add_experts(service)
         self._check_experts()
         self._settled = False
+        self._settle_s = settle_s
         self._settle_at_s = 0.0
 
     async def __aenter__(self) -> Self:
         """Starts to follow every replica."""
         self._stack = AsyncExitStack()
-        self._settle_at_s = time.monotonic() + SETTLE_S
+        self._settle_at_s = time.monotonic() + self._settle_s
         for replicas in self.all():
             await self._stack.enter_async_context(replicas)
         return self
@@ -135,7 +137,7 @@ class Mesh:
 
     @property
     def is_ready(self) -> bool:
-        """Whether some route can serve; after a start, once every replica was met or `SETTLE_S` have passed."""
+        """Whether some route can serve; after a start, once every replica was met or `settle_s` have passed."""
         if not self._settled:
             everyone_is_met = all(len(replicas.live) == len(replicas.replicas) for replicas in self.all())
             self._settled = everyone_is_met or time.monotonic() > self._settle_at_s

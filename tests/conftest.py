@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from expertmesh.client import Client
+from tests.up import Up
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    return ROOT / "models" / "agnews"
+
+
+@pytest.fixture(scope="session")
+def headlines() -> list[str]:
+    return (ROOT / "examples" / "headlines.txt").read_text().splitlines()
+
+
+@pytest.fixture(scope="session")
+def mesh(model: Path) -> Iterator[Up]:
+    """A mesh with two replicas of expert 3 that every test may use and none may harm."""
+    with Up(model, "--replicas", "expert-3=2", "--inspect", "--faults", "--no-restart") as up:
+        yield up
+
+
+@pytest.fixture
+async def client(mesh: Up) -> AsyncIterator[Client]:
+    async with Client(mesh.grpc) as connected:
+        yield connected
