@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from expertmesh.errors import MeshError, Overloaded
+from expertmesh.errors import DeadlineExceeded, MeshError, Overloaded
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.telemetry import metrics, tracing
 
@@ -35,7 +35,7 @@ class Limits:
     """
 
     pass_texts: int = 64
-    passes: int = 2
+    passes: int = 1
     waiting_texts: int = 8192
 
 
@@ -102,6 +102,8 @@ class Batcher(Generic[WorkT, AnswerT]):
         try:
             async with asyncio.timeout(deadline.remaining_s()):
                 await call.done
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline has passed") from None
         finally:
             self._leave(call)
         return call.answers  # type: ignore[return-value]

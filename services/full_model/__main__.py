@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from expertmesh.rpc.server import Program, main_guard, run
-from expertmesh.rpc.settings import ModelSettings, read_settings, setting
+from expertmesh.rpc.settings import ModelSettings, check, read_settings, setting
 from expertmesh.serving.batcher import Limits
 from expertmesh.serving.inference import InferenceServicer
 from expertmesh.serving.inspection import InspectionServicer
@@ -23,6 +23,11 @@ class FullModelSettings(ModelSettings):
     inspect: bool = setting("offer InspectionService, which shows hidden states", False)
     pass_texts: int = setting("most texts that share a pass", 64)
     waiting_texts: int = setting("most texts that wait; more are refused", 8192)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.pass_texts >= 1, "pass_texts must be at least 1")
+        check(self.waiting_texts >= 1, "waiting_texts must be at least 1")
 
 
 def load(settings: FullModelSettings, tracing: Tracing) -> Program:
