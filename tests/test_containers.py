@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import re
 import socket
@@ -134,7 +133,6 @@ def compose(*arguments: str, timeout_s: float = 180) -> str:
     return done.stdout
 
 
-@functools.cache
 def why_not() -> str:
     """Why containers cannot be run here; empty if they can."""
     for command in (["docker", "version"], ["docker", "compose", "version"]):
@@ -147,11 +145,13 @@ def why_not() -> str:
     return ""
 
 
+WHY_NOT = why_not()
+needs_engine = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+
+
 @pytest.fixture(scope="module")
 def containers() -> Iterator[dict[int, str]]:
     """The whole mesh, built and running; the addresses under which the ports 50051 and 8080 are published."""
-    if reason := why_not():
-        pytest.skip(reason)
     try:
         compose("up", "--build", "--wait", timeout_s=1800)
         yield {port: compose("port", "gateway", str(port)).strip() for port in (50051, 8080)}
@@ -163,16 +163,19 @@ def bits(response: pb.ClassifyResponse) -> list[bytes]:
     return [np.float32(result.logits).tobytes() for result in response.results]
 
 
+@needs_engine
 def test_every_container_is_healthy(containers: dict[int, str]) -> None:
     lines = compose("ps", "--format", "{{.Service}} {{.Health}}").splitlines()
     names = [name for name, _ in SERVICE.findall(COMPOSE_FILE.read_text())]
     assert sorted(lines) == sorted(f"{name} healthy" for name in names)
 
 
+@needs_engine
 def test_the_gateway_is_published_on_this_machine_only(containers: dict[int, str]) -> None:
     assert all(address.startswith("127.0.0.1:") for address in containers.values())
 
 
+@needs_engine
 @pytest.mark.parametrize("route", ROUTES)
 async def test_containers_answer_the_same_bits_as_local_processes(
     containers: dict[int, str], client: Client, headlines: list[str], route: pb.Route
@@ -188,6 +191,7 @@ async def test_containers_answer_the_same_bits_as_local_processes(
             assert np.float32(list(reply["logits"].values())).tobytes() == np.float32(result.logits).tobytes()
 
 
+@needs_engine
 async def test_a_stopped_expert_ends_in_order_and_the_full_model_answers(
     containers: dict[int, str], client: Client, headlines: list[str]
 ) -> None:
