@@ -34,7 +34,7 @@ class GatewaySettings(Settings):
     http: str = setting("HTTP address: HOST:PORT (port 0: a free one); empty for none", "127.0.0.1:0")
     inspect: bool = setting("offer InspectionService, which shows hidden states", False)
     pass_texts: int = setting("most texts that share a pass", 64)
-    passes: int = setting("most passes under way at once", 2)
+    passes: int = setting("most passes under way at once; 1 shares most, more overlap on devices of their own", 1)
     waiting_texts: int = setting("most texts that wait; more are refused", 8192)
     settle_s: float = setting("after a start, seconds to wait for replicas that are not there yet", 10.0)
 
