@@ -17,6 +17,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from expertmesh import wire
 from expertmesh.checkpoint.load import StageLoader
 from expertmesh.checkpoint.split import SPEC_FILE, WEIGHTS_FILE, split
 from expertmesh.model.full import FullModel
@@ -27,6 +28,7 @@ from expertmesh.rpc.settings import ModelSettings
 from expertmesh.serving.stage import Stage
 from expertmesh.train.config import TokenizerConfig
 from expertmesh.train.vocabulary import make_tokenizer
+from expertmesh.v1.tensor_pb2 import Tensor
 
 NAME = "tiny"
 WIDTH, LAYERS, EXPERTS, CONTEXT = 32, 2, 4, 48
@@ -129,3 +131,8 @@ async def served(
         yield address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
     finally:
         await server.stop(None)
+
+
+def wire_ids(*values: int) -> Tensor:
+    """An int32 tensor as it goes over the wire."""
+    return wire.encode(np.array(values, np.int32))

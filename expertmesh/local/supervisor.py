@@ -175,6 +175,7 @@ class Supervisor:
                 self._spawn(self._see_healthy(child))
             else:
                 self._ended(child, event["status"])
+        await self._nursery.wait()
         if not self._stopping and not self._failure.done():
             for pid in self.pids().values():
                 with suppress(ProcessLookupError):

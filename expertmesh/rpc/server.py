@@ -6,11 +6,13 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -106,6 +108,8 @@ async def _serve(settings: SettingsT, kind: str, load: Callable[[SettingsT, trac
             options=(*SERVER_OPTIONS, *message_limits(settings.max_message_bytes)),
         )
         address = _bind(server, settings.listen)
+        if address.startswith("unix:"):
+            stack.callback(Path(address.removeprefix("unix:")).unlink, missing_ok=True)
         metrics_address = ""
         if settings.metrics:
             metrics_server = stack.enter_context(_metrics_server(settings.metrics))
@@ -127,7 +131,8 @@ async def _serve(settings: SettingsT, kind: str, load: Callable[[SettingsT, trac
 
 def _bind(server: grpc.aio.Server, listen: str) -> str:
     try:
-        port = server.add_insecure_port(listen)
+        taken = listen.startswith("unix:") and _is_served(listen.removeprefix("unix:"))
+        port = 0 if taken else server.add_insecure_port(listen)
     except RuntimeError:
         port = 0
     if port == 0:
@@ -136,6 +141,19 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
         os.chmod(listen.removeprefix("unix:"), 0o600)
         return listen
     return f"{listen.rpartition(':')[0]}:{port}"
+
+
+def _is_served(path: str) -> bool:
+    """Whether somebody listens on a unix socket; gRPC would take it over without a word."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(1.0)
+        try:
+            client.connect(path)
+        except TimeoutError:
+            return True
+        except OSError:
+            return False
+    return True
 
 
 def _metrics_server(address: str) -> metrics.MetricsServer:
@@ -191,9 +209,6 @@ async def _stop(server: grpc.aio.Server, health: HealthServicer, settings: Setti
     if settings.drain_s:
         await asyncio.sleep(settings.drain_s)
     await server.stop(settings.grace_s)
-    if settings.listen.startswith("unix:"):
-        with suppress(FileNotFoundError):
-            os.unlink(settings.listen.removeprefix("unix:"))
 
 
 def main_guard(program: Callable[[list[str]], int]) -> None:

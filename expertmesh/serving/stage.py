@@ -80,6 +80,11 @@ class Stage:
             metrics.TOKENS.labels(self.kind).inc(rows)
         return result
 
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Runs work once before the first call, so that no caller waits for what only the first run does."""
+        with torch.inference_mode():
+            work()
+
     def tensor(self, array: npt.NDArray[Any]) -> Tensor:
         """An array on the device."""
         return to_torch(array, self.device)

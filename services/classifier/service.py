@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grpc.aio
+import numpy as np
 
 from expertmesh import wire
 from expertmesh.model.arrays import to_numpy
@@ -17,6 +18,8 @@ class ClassifierServicer(ClassifierServiceServicer):
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
         self._classifier = stage.loader.classifier()
+        x_TD = np.zeros((8, stage.spec.width), np.float32)
+        stage.warm_up(lambda: self._classifier(stage.tensor(x_TD), stage.sequences(np.array([8]))))
 
     async def Score(self, request: ScoreRequest, context: grpc.aio.ServicerContext) -> ScoreResponse:
         """Gives logits and probabilities of a batch of sequences."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grpc.aio
+import numpy as np
 
 from expertmesh import wire
 from expertmesh.errors import InvalidInput
@@ -18,6 +19,8 @@ class EmbeddingServicer(EmbeddingServiceServicer):
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
         self._embedding = stage.loader.embedding()
+        ids_T = np.zeros(8, np.int64)
+        stage.warm_up(lambda: self._embedding(stage.tensor(ids_T), stage.sequences(np.array([8]))))
 
     async def Embed(self, request: EmbedRequest, context: grpc.aio.ServicerContext) -> EmbedResponse:
         """Embeds the tokens of a batch of sequences."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grpc.aio
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -30,6 +31,8 @@ class ExpertServicer(ExpertServiceServicer):
     def __init__(self, stage: Stage, pairs: list[tuple[int, int]]) -> None:
         self._stage = stage
         self.pair2expert: dict[tuple[int, int], Expert] = {pair: stage.loader.expert(*pair) for pair in pairs}
+        rows_ND = np.zeros((8, stage.spec.width), np.float32)
+        stage.warm_up(lambda: self._apply([self.pair2expert[pairs[0]]], [8], rows_ND))
 
     async def Apply(self, request: ApplyRequest, context: grpc.aio.ServicerContext) -> ApplyResponse:
         """Applies experts of one layer, each to its rows."""

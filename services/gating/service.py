@@ -19,6 +19,8 @@ class GatingServicer(GatingServiceServicer):
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
         self._layers = [stage.loader.gating(layer) for layer in range(stage.spec.layers)]
+        x_TD = np.zeros((8, stage.spec.width), np.float32)
+        stage.warm_up(lambda: self._layers[0](stage.tensor(x_TD), stage.sequences(np.array([8]))))
 
     async def Gate(self, request: GateRequest, context: grpc.aio.ServicerContext) -> GateResponse:
         """Runs one layer's attention and routes its rows."""

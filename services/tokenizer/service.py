@@ -9,6 +9,7 @@ import grpc.aio
 from expertmesh import wire
 from expertmesh.errors import InvalidInput
 from expertmesh.serving.requests import check_texts
+from expertmesh.telemetry import metrics
 from expertmesh.tokenization.tokenizer import Tokenizer
 from expertmesh.v1.tokenizer_pb2 import DecodeRequest, DecodeResponse, EncodeRequest, EncodeResponse
 from expertmesh.v1.tokenizer_pb2_grpc import TokenizerServiceServicer
@@ -31,7 +32,11 @@ class TokenizerServicer(TokenizerServiceServicer):
         check_texts(request.texts)
         if not 0 <= request.max_tokens <= self._context:
             raise InvalidInput(f"max_tokens must be in [0, {self._context}]", "max_tokens")
-        encoded = await asyncio.to_thread(self._tokenizer.encode, request.texts, request.max_tokens or self._context)
+        with metrics.COMPUTE_SECONDS.labels("tokenizer").time():
+            encoded = await asyncio.to_thread(
+                self._tokenizer.encode, request.texts, request.max_tokens or self._context
+            )
+        metrics.TOKENS.labels("tokenizer").inc(len(encoded.ids_T))
         return EncodeResponse(
             ids=wire.encode(encoded.ids_T),
             lengths=wire.encode(encoded.lengths_B),
