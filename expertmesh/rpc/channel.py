@@ -10,6 +10,7 @@ import grpc.aio
 from expertmesh.telemetry.tracing import OFF, Tracing
 
 CLIENT_OPTIONS: tuple[tuple[str, int | str], ...] = (
+    ("grpc.enable_http_proxy", 0),  # the mesh is never behind one, whatever the environment says
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 1_000),
     ("grpc.http2.ping_timeout_ms", 1_000),
