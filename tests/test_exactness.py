@@ -9,15 +9,17 @@ import pytest
 
 from expertmesh.client import Client
 from expertmesh.errors import InvalidInput
-from expertmesh.v1.inference_pb2 import ROUTE_FULL_MODEL, ROUTE_MESH
 from expertmesh.v1.fault_pb2 import ChangeWeightRequest
 from expertmesh.v1.fault_pb2_grpc import FaultServiceStub
+from expertmesh.v1.inference_pb2 import ROUTE_FULL_MODEL, ROUTE_MESH
 from expertmesh.verification import compare
 from tests.up import Up, run
 
-WORDS = (
-    "the oil price striker goal minister treaty chip software U.S. $46 3-2 &lt;b&gt; quot; é 中 — report said of in on "
-    "shares season satellite army growth medal virus bank court launch"
+WORDS = " ".join(
+    [
+        "the oil price striker goal minister treaty chip software U.S. $46 3-2 &lt;b&gt; quot; é 中 — report said of in",
+        "on shares season satellite army growth medal virus bank court launch",
+    ]
 ).split()
 
 

@@ -115,7 +115,7 @@ def test_a_device_that_is_not_there_is_named(model: Path, tmp_path: Path) -> Non
 
 def test_a_stopped_start_leaves_nothing(model: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*COMMAND, "up", str(model), "--run-dir", str(tmp_path / "r"), "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"],
+        [*COMMAND, "up", str(model), "--run-dir", str(tmp_path / "r"), "--grpc=127.0.0.1:0", "--http=127.0.0.1:0"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
