@@ -17,8 +17,8 @@ from tests.up import Up, run
 
 WORDS = " ".join(
     [
-        "the oil price striker goal minister treaty chip software U.S. $46 3-2 &lt;b&gt; quot; é 中 — report said of in",
-        "on shares season satellite army growth medal virus bank court launch",
+        "the oil price striker goal minister treaty chip software U.S. $46 3-2 &lt;b&gt; quot; é 中 — report said",
+        "of in on shares season satellite army growth medal virus bank court launch",
     ]
 ).split()
 
