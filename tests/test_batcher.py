@@ -248,6 +248,26 @@ async def test_the_failure_of_a_pass_reaches_every_member(error: Exception) -> N
     assert await batcher.submit([5], soon()) == [5]
 
 
+async def test_a_pass_that_ends_in_an_unforeseen_way_keeps_nobody_waiting() -> None:
+    async def cancels_itself(work: list[int], deadline: Deadline) -> list[int]:
+        raise asyncio.CancelledError
+
+    async def forgets_one(work: list[int], deadline: Deadline) -> list[int]:
+        return work[1:]
+
+    for run, error in ((cancels_itself, RuntimeError), (forgets_one, ValueError)):
+        batcher: Batcher[int, int] = Batcher(run)
+        async with asyncio.timeout(1):
+            with pytest.raises(error):
+                await batcher.submit([1, 2], soon())
+
+
+async def test_no_work_is_no_pass() -> None:
+    passes = Passes()
+    assert await Batcher(passes).submit([], soon()) == []
+    assert passes.given == []
+
+
 async def test_nothing_is_left_behind() -> None:
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))

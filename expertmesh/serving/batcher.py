@@ -84,6 +84,8 @@ class Batcher(Generic[WorkT, AnswerT]):
             DeadlineExceeded: It was not done in time.
             MeshError: One of its texts, or a pass it was in, failed.
         """
+        if not work:
+            return []
         if self._waiting_texts + len(work) > self._limits.waiting_texts:
             raise Overloaded(f"{self._waiting_texts} texts are waiting already")
         call: _Call[WorkT, AnswerT] = _Call(
@@ -160,8 +162,11 @@ class Batcher(Generic[WorkT, AnswerT]):
 
     def _pass_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        error = RuntimeError("a pass was cancelled") if task.cancelled() else task.exception()
         for call in self._members.pop(task):
             call.passes.discard(task)
+            if error is not None:  # nobody may wait for a pass that is over
+                _fail(call, error)
         self._start_passes()
 
     def _leave(self, call: _Call[WorkT, AnswerT]) -> None:
