@@ -14,10 +14,11 @@ import torch
 from expertmesh import wire
 from expertmesh.checkpoint.manifest import Manifest, expert_part
 from expertmesh.checkpoint.tokenizer import load_tokenizer
+from expertmesh.errors import InvalidInput
 from expertmesh.model.sequences import Sequences
 from expertmesh.rpc.channel import open_channel
 from expertmesh.serving.batcher import Limits
-from expertmesh.serving.inference import InferenceServicer
+from expertmesh.serving.inference import InferenceServicer, parse_route, route_name
 from expertmesh.serving.inspection import InspectionServicer
 from expertmesh.serving.requests import MAX_TEXT_BYTES, MAX_TEXTS
 from expertmesh.tokenization.tokenizer import Encoded
@@ -423,6 +424,16 @@ async def test_routes_that_a_full_model_cannot_go(stages: Stages, fields: dict[s
     error = await refusal(stages.full_model.Classify, inference.ClassifyRequest(texts=TEXTS, **fields))
     assert error.code() is INVALID
     assert reason in error.details().lower()
+
+
+def test_routes_are_told_by_name_and_a_strange_one_is_not_repeated_at_length() -> None:
+    assert parse_route("") == inference.ROUTE_UNSPECIFIED
+    for route in (inference.ROUTE_MESH, inference.ROUTE_FULL_MODEL):
+        assert parse_route(route_name(route)) == route
+    for name in ("degraded", "MESH", "../mesh", "x" * 100_000):
+        with pytest.raises(InvalidInput, match="is not known") as caught:
+            parse_route(name)
+        assert len(str(caught.value)) < 200  # a trailer of more than 8 KiB is cut off with another status
 
 
 async def test_a_text_of_which_nothing_is_left_fails_only_its_call(stages: Stages) -> None:

@@ -93,7 +93,7 @@ def parse_route(name: str) -> Route:
         "full-model": inference_pb2.ROUTE_FULL_MODEL,
     }
     if name not in routes:
-        raise InvalidInput(f"route {name!r} is not known; known: mesh, full-model", "route")
+        raise InvalidInput(f"route {name[:64]!r} is not known; known: mesh, full-model", "route")
     return routes[name]
 
 
