@@ -1,5 +1,5 @@
 # The two commands a user needs: `make run` and `make test`. Each sets up what it needs.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # Where torch comes from. Plain PyPI gives CUDA builds on Linux; for the CPU build:
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu

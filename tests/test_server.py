@@ -237,8 +237,11 @@ async def test_a_running_call_is_answered_before_the_stop() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert await next_status(watch) == NOT_SERVING
         watch.cancel()
+        answer = asyncio.ensure_future(call)
+        ended, _ = await asyncio.wait({answer}, timeout=0.2)
+        assert not ended, "the stop has begun, and the call still has its grace"
         double.go_on.set()
-        assert (await call).rows.shape == [1, 2]
+        assert (await answer).rows.shape == [1, 2]
 
 
 # Programs that do not start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ class FullModel(nn.Module):
             case Embed(ids_T=ids_T):
                 return self.embedding(ids_T, sequences)
             case Gate(layer=layer, x_TD=x_TD):
-                return self.gating[layer](x_TD, sequences)
+                gated = self.gating[layer](x_TD, sequences)
+                return replace(gated, expert_ids_TK=gated.expert_ids_TK.cpu())  # the dispatch is planned on the host
             case ApplyExperts(layer=layer, rows_ND=rows_ND):
                 experts: Any = self.experts[layer]
                 parts = torch.split(rows_ND, call.counts_E.tolist())

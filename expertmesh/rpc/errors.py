@@ -12,6 +12,7 @@ from expertmesh import errors
 
 DOMAIN = "expertmesh"
 DETAILS_KEY = "grpc-status-details-bin"
+MAX_TEXT_CHARACTERS = 300  # three times in the trailer, of which gRPC passes on 8 KiB whatever the characters are
 
 _CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
@@ -28,11 +29,16 @@ def code_of(error: errors.MeshError) -> grpc.StatusCode:
     return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
 
 
+def text_of(error: errors.MeshError) -> str:
+    """What a caller is told."""
+    return str(error)[:MAX_TEXT_CHARACTERS]
+
+
 def details_of(error: errors.MeshError) -> bytes:
     """The error as a serialised `google.rpc.Status` with ErrorInfo, and RetryInfo or BadRequest where they fit."""
     code = code_of(error)
     number: int = code.value[0]
-    status = status_pb2.Status(code=number, message=str(error))
+    status = status_pb2.Status(code=number, message=text_of(error))
     status.details.extend(_packed(message) for message in _messages(error))
     data: bytes = status.SerializeToString()
     return data
@@ -44,7 +50,7 @@ def _messages(error: errors.MeshError) -> list[Message]:
     messages: list[Message] = [info]
     match error:
         case errors.InvalidInput(field=field) if field:
-            violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=str(error))
+            violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=text_of(error))
             messages.append(error_details_pb2.BadRequest(field_violations=[violation]))
         case errors.Overloaded(retry_after_s=retry_after_s):
             messages.append(_retry_info(retry_after_s))

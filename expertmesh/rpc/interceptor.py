@@ -18,7 +18,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from expertmesh.errors import DeadlineExceeded, InvalidInput, MeshError
-from expertmesh.rpc.errors import DETAILS_KEY, code_of, details_of
+from expertmesh.rpc.errors import DETAILS_KEY, code_of, details_of, text_of
 from expertmesh.telemetry import metrics
 from expertmesh.telemetry.logging import event
 
@@ -54,7 +54,7 @@ def _guarded(method: str, run: Handler, parse: Callable[[bytes], Any]) -> Handle
             code = code_of(error)
             if code is grpc.StatusCode.INTERNAL:  # one that does not belong on the wire
                 await _abort_internal(method, context)
-            await context.abort(code, str(error), ((DETAILS_KEY, details_of(error)),))
+            await context.abort(code, text_of(error), ((DETAILS_KEY, details_of(error)),))
         except grpc.aio.AbortError:
             code = context.code() or grpc.StatusCode.UNKNOWN
             raise

@@ -72,4 +72,5 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
 
 
 def _tensor(array: Any, dtype: Any = np.float32) -> Tensor:
-    return encode(np.asarray(array, dtype=dtype))
+    on_host = array.cpu() if hasattr(array, "cpu") else array  # torch's or numpy's
+    return encode(np.asarray(on_host, dtype=dtype))
