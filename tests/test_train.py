@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -12,9 +13,9 @@ from safetensors.torch import load_file
 from expertmesh.errors import BadCheckpoint, SetupError
 from expertmesh.model.full import FullModel
 from expertmesh.model.spec import ModelSpec
-from expertmesh.tokenization.tokenizer import Tokenizer
+from expertmesh.tokenization.tokenizer import Encoded, Tokenizer
 from expertmesh.train import checkpoint
-from expertmesh.train.batches import TrainingBatches, batched
+from expertmesh.train.batches import TrainingBatches, batched, thinned_out
 from expertmesh.train.config import TrainConfig
 from expertmesh.train.data import Row, split
 from expertmesh.train.evaluation import evaluate
@@ -190,6 +191,13 @@ def test_a_text_without_tokens_becomes_one_unknown_token(tokenizer):
     assert batches[0].lengths_B[1] == batches[1].lengths_B[0] == 1
     assert batches[1].ids_T.tolist() == [0]
     assert sum(len(batch.ids_T) for batch in batches) == len(encoded.ids_T) + 2
+
+
+def test_thinning_out_takes_tokens_and_leaves_texts_apart():
+    encoded = Encoded(np.arange(10, dtype=np.int32), np.array([3, 0, 5, 2], np.int32), np.zeros(4, bool))
+    ids_T, lengths_B = thinned_out(encoded, np.isin(np.arange(10), (0, 2, 8, 9)))
+    assert ids_T.tolist() == [0, 2, 8, 9]
+    assert lengths_B.tolist() == [2, 0, 0, 2]
 
 
 def test_the_teacher_judges_rows_that_it_has_not_seen(parts):

@@ -83,14 +83,24 @@ class TrainingBatches:
         rows = [self._rows[index] for index in order]
         texts = [row.description if drop else row.text for row, drop in zip(rows, bare, strict=True)]
         encoded = self._encode(texts, int(random.integers(1 << 31)))
-        ids_T = np.where(random.random(len(encoded.ids_T)) < train.word_dropout, UNKNOWN_ID, encoded.ids_T)
-        return batched(ids_T, encoded.lengths_B, self._targets_BC[torch.from_numpy(order)], train.batch_rows)
+        ids_T, lengths_B = thinned_out(encoded, random.random(len(encoded.ids_T)) >= train.word_dropout)
+        return batched(ids_T, lengths_B, self._targets_BC[torch.from_numpy(order)], train.batch_rows)
 
     def _encode(self, texts: Sequence[str], seed: int) -> Encoded:
         alpha, context = self._config.tokenizer.sampling_alpha, self._config.model.context
         if alpha > 0:
             return self._tokenizer.sample(texts, context, alpha, seed)
         return self._tokenizer.encode(texts, context)
+
+
+def thinned_out(encoded: Encoded, kept_T: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Takes tokens out of texts, and gives the ids that are left and how many of each text.
+
+    They are not replaced by the unknown token: a router would reserve an expert for it, which then idles in service.
+    """
+    ends_B = np.cumsum(encoded.lengths_B)
+    kept_before = np.concatenate([[0], np.cumsum(kept_T)])
+    return encoded.ids_T[kept_T], kept_before[ends_B] - kept_before[ends_B - encoded.lengths_B]
 
 
 def one_hot(rows: Sequence[Row], classes: int) -> Tensor:

@@ -64,7 +64,7 @@ class TrainSettings:
         weight_decay: Of matrices; norms and biases have none, embedding tables `embedding_weight_decay`.
         embedding_std: Standard deviation of the token embeddings at the start.
         bigram_std: The same for hashed bigrams and positions.
-        word_dropout: Share of tokens replaced by the unknown token.
+        word_dropout: Share of tokens left out.
         title_dropout: Share of titles left out.
         label_smoothing: Share of a target spread over all classes.
         teacher_weight: Share of a target that is a cross-fitted linear model's opinion (see `teacher`); 0 asks none.

@@ -46,7 +46,7 @@ class Report:
         table = Table(box=box.SIMPLE_HEAD, show_header=not self._headed, pad_edge=False)
         for name, width in COLUMNS.items():
             table.add_column(name, width=width)
-        loads = " ".join(f"{100 * min(layer):.1f}-{100 * max(layer):.1f}%" for layer in line["expert_shares"])
+        loads = " ".join(f"{100 * min(layer):.1f}-{100 * max(layer):.1f}%" for layer in line["heldout_expert_shares"])
         table.add_row(
             f"{line['epoch']}/{epochs}",
             f"{line['loss']:.4f}",
