@@ -9,7 +9,7 @@ from typing import Any, Self
 import grpc.aio
 from google.protobuf.message import EncodeError
 
-from expertmesh.errors import InvalidInput
+from expertmesh.errors import CorruptReply, InvalidInput
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.errors import from_call
 from expertmesh.v1.description_pb2 import DescribeRequest, DescribeResponse
@@ -81,6 +81,9 @@ class Client:
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:
-            return await method(request, timeout=self._timeout_s)
+            reply = await method(request, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
             raise from_call(error, "the gateway") from None
+        if reply is None:  # what gRPC gives for a message that it cannot parse
+            raise CorruptReply("the gateway gave a reply that cannot be parsed")
+        return reply

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
+from expertmesh.checkpoint.load import StageLoader
 from expertmesh.checkpoint.manifest import (
     FILE_NAME,
     PART_FILE,
@@ -76,6 +78,7 @@ def split(source: Path, target: Path, name: str = "", progress: Progress | None 
             parts[f"{TOKENIZER_FOLDER}/{file}"] = _write(draft, f"{TOKENIZER_FOLDER}/{file}", data)
         manifest = Manifest(name or source_name, spec, parts)
         manifest.write(draft)
+        StageLoader(draft, torch.device("cpu")).full_model()  # what no service could load is never put in place
         _keep_others(target, draft)
         if target.exists():
             target.rename(Path(scratch) / "replaced")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -46,6 +47,7 @@ class _Verbs(TyperGroup):
 
 def main() -> None:
     """Runs the command; an error of ours is one line on stderr and status 2."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait sleep: other programs share these cores
     group = _Verbs(name="expertmesh", help="Serve Mixture-of-Experts transformers as a mesh of services.")
     try:
         group.main(prog_name="expertmesh")

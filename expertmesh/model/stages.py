@@ -42,17 +42,25 @@ class Linear(nn.Linear):
         return invariant.linear(x_ND, self.weight, self.bias)
 
 
+def _table(rows: int, width: int) -> nn.Embedding:
+    """An embedding; on the meta device without random numbers, for which torch would import its compiler."""
+    weight = torch.empty(rows, width)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
+    return nn.Embedding(rows, width, _weight=weight)
+
+
 class EmbeddingStage(nn.Module):
     """Token ids to rows: token, position and hashed-bigram embeddings added."""
 
     def __init__(self, spec: ModelSpec, dropout: Dropout = NO_DROPOUT) -> None:
         super().__init__()
         embedding = spec.embedding
-        self.token = nn.Embedding(embedding.vocab, spec.width)
-        self.position = nn.Embedding(spec.context, spec.width)
+        self.token = _table(embedding.vocab, spec.width)
+        self.position = _table(spec.context, spec.width)
         self.bigram_buckets = embedding.bigram_buckets
         if self.bigram_buckets:
-            self.bigram = nn.Embedding(embedding.bigram_buckets, embedding.bigram_width)
+            self.bigram = _table(embedding.bigram_buckets, embedding.bigram_width)
             self.bigram_out = Linear(embedding.bigram_width, spec.width, bias=False)
         self.dropout = nn.Dropout(dropout.embedding)
 

@@ -14,6 +14,8 @@ from expertmesh.tokenization.tokenizer import Tokenizer
 from expertmesh.v1.tokenizer_pb2 import DecodeRequest, DecodeResponse, EncodeRequest, EncodeResponse
 from expertmesh.v1.tokenizer_pb2_grpc import TokenizerServiceServicer
 
+MAX_DECODED_TOKENS = 2**16
+
 
 class TokenizerServicer(TokenizerServiceServicer):
     """Text to token ids and back.
@@ -46,6 +48,8 @@ class TokenizerServicer(TokenizerServiceServicer):
     async def Decode(self, request: DecodeRequest, context: grpc.aio.ServicerContext) -> DecodeResponse:
         """Gives the text of token ids."""
         ids_T = wire.decode(request.ids, wire.INT32, (None,), "ids")
+        if len(ids_T) > MAX_DECODED_TOKENS:
+            raise InvalidInput(f"{len(ids_T)} ids; at most {MAX_DECODED_TOKENS} in one call", "ids")
         if ids_T.min() < 0 or ids_T.max() >= self._tokenizer.vocab:
             raise InvalidInput(f"every id must be in [0, {self._tokenizer.vocab})", "ids")
         return DecodeResponse(text=self._tokenizer.decode(ids_T.tolist()))
