@@ -28,7 +28,7 @@ from expertmesh.cli import placement, session
 from expertmesh.cli.classify import read_lines
 from expertmesh.client import Client
 from expertmesh.local.plan import Plan
-from expertmesh.v1.inference_pb2 import ROUTE_FULL_MODEL, ROUTE_MESH, Route
+from expertmesh.v1.inference_pb2 import CONTRACT_EXACT, CONTRACT_MESH_ONLY, ROUTE_FULL_MODEL, ROUTE_MESH, Route
 
 CALLERS = (1, 32)
 ROUNDS = 5
@@ -79,13 +79,14 @@ def _full_model_address(plan: Plan) -> str:
 
 async def _round(address: str, route: Route, texts: list[str], callers: int, seconds: float) -> Round:
     latencies_s: list[float] = []
+    contract = CONTRACT_EXACT if route == ROUTE_FULL_MODEL else CONTRACT_MESH_ONLY
     started_s = time.perf_counter()
 
     async def caller(number: int, client: Client) -> None:
         turn = number
         while time.perf_counter() - started_s < seconds:
             sent_s = time.perf_counter()
-            await client.classify([texts[turn % len(texts)]], route=route)
+            await client.classify([texts[turn % len(texts)]], contract, route)
             latencies_s.append(time.perf_counter() - sent_s)
             turn += 1
 

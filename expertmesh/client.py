@@ -65,6 +65,8 @@ class Client:
         include_experts: bool = False,
     ) -> ClassifyResponse:
         """Classifies raw texts; the reply has one result for each, in their order."""
+        if isinstance(texts, str):
+            raise InvalidInput("texts must be a list of strings, not one string", "texts")
         try:
             request = ClassifyRequest(texts=texts, contract=contract, route=route, include_experts=include_experts)
         except (ValueError, TypeError, EncodeError):

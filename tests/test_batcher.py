@@ -212,7 +212,10 @@ async def test_the_error_of_one_text_fails_its_call_only() -> None:
     assert passes.given[1] == [1, -2, 3, 4, -5]
     assert results[0] == [0]
     assert results[2] == [16]
-    assert [str(results[index]) for index in (1, 3)] == ["-2 is below zero", "-5 is below zero"]
+    assert [str(results[index]) for index in (1, 3)] == [
+        "texts[1]: -2 is below zero",
+        "texts[0]: -5 is below zero",
+    ]
     assert all(isinstance(results[index], InvalidInput) for index in (1, 3))
 
 

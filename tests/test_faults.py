@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from expertmesh.client import Client
 from expertmesh.errors import Unavailable
 from expertmesh.serving.inference import route_name
 from expertmesh.v1.inference_pb2 import CONTRACT_MESH_ONLY, ROUTE_FULL_MODEL, ClassifyResponse
-from tests.up import Up, wait_until
+from tests.up import Up, run, wait_until
 
 CALLERS = 16
 
@@ -126,3 +128,20 @@ def test_a_service_that_dies_is_started_again_by_up(model: Path) -> None:
         up.kill("experts-0-7.0")
         wait_until(lambda: up.pid("experts-0-7.0") not in (0, first), 30)
         assert up.processes()["experts-0-7.0"]["restarts"] == 1
+
+
+def test_a_stage_of_another_spec_is_refused_although_its_parts_are_the_same(model: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(model, changed)
+    manifest = json.loads((changed / "manifest.json").read_text())
+    manifest["spec"]["router"]["renormalise"] = False
+    (changed / "manifest.json").write_text(json.dumps(manifest))
+    with Up(model, "--expert-services", "1", "--no-restart") as up:
+        up.kill("gating.0")
+        up.state["model"] = str(changed)
+        up.start_again("gating.0")
+        log = up.run_dir / "logs" / "gateway.0.log"
+        wait_until(lambda: "it was started with another manifest" in log.read_text(), 30)
+        ended = run("classify", "--address", up.grpc, "--json", "Striker scores")
+        assert json.loads(ended.stdout)["route"] == "full-model"
+        up.end_replacements()

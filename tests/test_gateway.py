@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 
 import grpc
 import grpc.aio
@@ -17,7 +18,7 @@ from expertmesh.errors import DeadlineExceeded, InvalidInput
 from expertmesh.rpc.errors import error_info
 from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
-from tests.up import Up
+from tests.up import Up, run, wait_until
 
 
 async def test_a_reply_tells_everything_the_contract_names(client: Client, headlines: list[str]) -> None:
@@ -188,3 +189,62 @@ def test_probes_and_metrics(mesh: Up) -> None:
     assert 'expertmesh_requests_total{code="200",method="/api/v1/infer"}' in metrics
     assert 'expertmesh_replicas_live{service="expert-3"} 2.0' in metrics
     assert 'expertmesh_queue_seconds_bucket{le="0.0005",stage="pass"}' in metrics
+
+
+def test_a_caller_that_hangs_up_is_not_worked_for(mesh: Up) -> None:
+    host, port = mesh.http.removeprefix("http://").split(":")
+    body = json.dumps({"text": "goal " * 12_000}).encode()
+    request = f"POST /api/v1/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+    def left() -> float:
+        with httpx.Client(timeout=30) as http:
+            text = http.get(f"{mesh.http}/metrics").text
+        lines = [line for line in text.splitlines() if 'requests_total{code="499"' in line]
+        return sum(float(line.split()[-1]) for line in lines)
+
+    before = left()
+    for _ in range(10):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(request)
+    wait_until(lambda: left() > before, 20)
+
+
+def test_a_request_keeps_its_id_on_every_hop(mesh: Up, headlines: list[str]) -> None:
+    with grpc.insecure_channel(mesh.grpc) as channel:
+        reply = InferenceServiceStub(channel).Classify(
+            pb.ClassifyRequest(texts=headlines[:1], route=pb.ROUTE_FULL_MODEL),
+            timeout=20,
+            metadata=(("expertmesh-request-id", "mine-42"),),
+        )
+    assert reply.request_id == "mine-42"
+    log = (mesh.run_dir / "logs" / "full_model.0.log").read_text()
+    assert '"request_id": "mine-42"' in log
+
+
+async def test_one_bad_text_in_a_call_is_named(client: Client, headlines: list[str]) -> None:
+    with pytest.raises(InvalidInput, match=r"texts\[3\]") as refused:
+        await client.classify([*headlines[:3], "\x00\x01", headlines[4]])
+    assert refused.value.field == "texts[3]"
+    with pytest.raises(InvalidInput, match=r"texts\[1\]"):
+        await client.classify([headlines[0], "<b></b>"], route=pb.ROUTE_FULL_MODEL)
+
+
+async def test_one_string_is_not_taken_for_many_texts(client: Client) -> None:
+    with pytest.raises(InvalidInput, match="list of strings"):
+        await client.classify("abc")
+
+
+@pytest.mark.parametrize("body", [b'{"text": "a", "timeout_s": 1' + b"0" * 400 + b"}", b'{"text": "a", "\\ud800": 1}'])
+def test_surprising_numbers_and_keys_are_bad_requests_too(mesh: Up, body: bytes) -> None:
+    with httpx.Client(timeout=30) as http:
+        reply = http.post(f"{mesh.http}/api/v1/infer", content=body)
+    assert (reply.status_code, reply.json()["error"]["status"]) == (400, "INVALID_ARGUMENT")
+
+
+async def test_every_replica_computes(mesh: Up, client: Client, headlines: list[str]) -> None:
+    await client.classify(headlines)
+    await client.classify(headlines)
+    seen = json.loads(run("status", "--run-dir", mesh.run_dir, "--json").stdout)["processes"]
+    for replica in ("expert-3.0", "expert-3.1"):
+        tokens = next(process["expert_tokens"] for process in seen if process["name"] == replica)
+        assert sum(tokens.values()) > 0

@@ -15,6 +15,7 @@ from expertmesh.errors import CorruptReply, DeadlineExceeded, InvalidInput, Unav
 from expertmesh.rpc import replicas as module
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replicas import Replica, ReplicaEvent, ReplicaSet, State, require_parts
 from expertmesh.v1.description_pb2 import DescribeResponse, Part
 from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
@@ -30,7 +31,7 @@ WAIT_S = 10.0
 PARTS = {"embedding": DIGEST}
 
 
-def read_number(reply: EmbedResponse, replica: Replica) -> float:
+def read_number(reply: EmbedResponse, origin: Origin) -> float:
     return float(wire.decode_finite(reply.rows, (1, 2), "rows")[0, 0])
 
 
@@ -60,7 +61,7 @@ async def replica_set(*addresses: str, live: int | None = None) -> AsyncIterator
     """A set whose replicas have been met: as many are live as `live` says, all by default."""
     events = Events()
     wanted = len(addresses) if live is None else live
-    admit = partial(require_parts, kind="embedding", parts=PARTS)
+    admit = partial(require_parts, kind="embedding", model_digest="", parts=PARTS)
     async with ReplicaSet("embedding", addresses, open_channel, EmbeddingServiceStub, admit, events) as replicas:
         await events.until(lambda: len(replicas.live) == wanted)
         yield replicas, events
@@ -209,12 +210,14 @@ async def test_a_stranger_gets_no_calls(stranger: Honest, reason: str) -> None:
 
 
 def test_parts_are_compared_by_name_and_digest() -> None:
-    description = DescribeResponse(kind="expert", parts=[Part(name="a", digest=b"1"), Part(name="b", digest=b"2")])
-    require_parts(description, "expert", {"a": b"1"})
-    require_parts(description, "expert", {"a": b"1", "b": b"2"})
+    description = DescribeResponse(
+        kind="expert", model_digest="m", parts=[Part(name="a", digest=b"1"), Part(name="b", digest=b"2")]
+    )
+    require_parts(description, "expert", "m", {"a": b"1"})
+    require_parts(description, "expert", "m", {"a": b"1", "b": b"2"})
     for parts, reason in (({"c": b"1"}, "does not hold c"), ({"a": b"1", "b": b"1"}, "another b")):
         with pytest.raises(WrongPart, match=reason):
-            require_parts(description, "expert", parts)
+            require_parts(description, "expert", "m", parts)
 
 
 async def test_nobody_left_is_said_at_once_and_by_name() -> None:
@@ -310,3 +313,63 @@ def test_a_name_with_several_processes_behind_it_may_be_tried_again() -> None:
     replica = partial(Replica, channel=None, stub=None)
     assert replica("dns:///expert:50051").attempts == module.ATTEMPTS_BEHIND_ONE_NAME > 1
     assert replica("127.0.0.1:50051").attempts == 1
+
+
+async def test_replicas_without_calls_under_way_take_turns() -> None:
+    doubles = [Honest(1.0), Honest(2.0), Honest(3.0)]
+    async with served(*doubles) as addresses, replica_set(*addresses) as (replicas, _):
+        for _ in range(9):
+            await ask(replicas)
+    assert [double.calls for double in doubles] == [3, 3, 3]
+
+
+async def test_a_replica_that_was_wrong_once_gets_no_calls_for_a_while() -> None:
+    corrupt, honest = Corrupt(), Honest(2.0)
+    async with served(corrupt, honest) as addresses, replica_set(*addresses) as (replicas, events):
+        for _ in range(10):
+            assert await ask(replicas) == 2.0
+        assert corrupt.calls <= 1
+        assert events.count("corrupt", addresses[0]) == corrupt.calls
+
+
+async def test_a_process_of_another_model_behind_a_known_address_is_not_believed() -> None:
+    changed, honest = Honest(1.0), Honest(2.0)
+    async with served(changed, honest) as addresses, replica_set(*addresses) as (replicas, events):
+        replicas.replicas[0].description.model_digest = "the model that was described"
+        assert [await ask(replicas) for _ in range(4)] == [2.0] * 4
+        assert "another model" in next(event.reason for event in events.seen if event.what == "corrupt")
+
+
+def test_a_replica_started_with_another_manifest_is_refused() -> None:
+    description = DescribeResponse(kind="expert", model_digest="m", parts=[Part(name="a", digest=b"1")])
+    with pytest.raises(WrongPart, match="another manifest"):
+        require_parts(description, "expert", "n", {"a": b"1"})
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION])
+async def test_within_the_mesh_a_refused_call_is_the_replicas_fault(code: grpc.StatusCode) -> None:
+    refusing, honest = Refusing(code), Honest(2.0)
+    async with served(refusing, honest) as addresses, replica_set(*addresses) as (replicas, events):
+        replicas._refusals_are_faults = True
+        assert [await ask(replicas) for _ in range(4)] == [2.0] * 4
+        assert events.count("corrupt", addresses[0]) == refusing.calls <= 1
+
+
+async def test_a_replica_that_hangs_costs_one_attempt_and_not_the_callers_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expertmesh.rpc.replicas.ATTEMPT_TIMEOUT_S", 0.2)
+    async with served(Hanging(), Honest(2.0)) as addresses, replica_set(*addresses) as (replicas, _):
+        assert [await ask(replicas) for _ in range(3)] == [2.0] * 3
+
+
+async def test_an_unforeseen_error_while_meeting_a_replica_does_not_end_the_meeting() -> None:
+    surprises = iter([RuntimeError("surprise")])
+
+    def admit(description: DescribeResponse) -> None:
+        for surprise in surprises:
+            raise surprise
+
+    events = Events()
+    async with served(Honest(2.0)) as addresses:
+        replicas = ReplicaSet("embedding", addresses, open_channel, EmbeddingServiceStub, admit, events)
+        async with replicas:
+            await events.until(lambda: len(replicas.live) == 1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -124,3 +125,30 @@ def test_a_stopped_start_leaves_nothing(model: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     process.wait(timeout=20)
     wait_until(lambda: not exists(nursery), 3)
+
+
+def test_the_folder_of_another_user_is_not_believed(tmp_path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can make a folder of another user")
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        folder = tmp_path / "theirs"
+        folder.mkdir()
+        state = {"pid": bystander.pid, "model": "", "grpc": "", "http": "", "processes": {}}
+        (folder / "up.json").write_text(json.dumps(state))
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.chown(folder, 65534, 65534)
+        assert run("down", "--run-dir", folder).returncode == 1
+        assert bystander.poll() is None
+        os.close(lock)
+        bystander.kill()
+
+
+def test_a_half_sent_body_does_not_hold_up_the_stop(model: Path) -> None:
+    with Up(model, "--expert-services", "1", "--no-full-model") as up:
+        host, port = up.http.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"POST /api/v1/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert run("down", "--run-dir", up.run_dir).returncode == 0
+        assert '"event": "stopped"' in (up.run_dir / "logs" / "gateway.0.log").read_text()
+        assert not (up.run_dir / "up.json").exists()

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from expertmesh.model.spec import ModelSpec
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
+TOKENIZER_PARTS = ("tokenizer/normalizer.json", "tokenizer/tokenizer.model")
 MAX_MANIFEST_BYTES = 64 * 2**20
 
 PART_FILE = re.compile(
@@ -139,9 +141,10 @@ class Manifest:
         return manifest
 
     def _check(self, path: Path) -> None:
-        missing = next((name for name in model_parts(self.spec) if name not in self.parts), None)
+        needed = chain(model_parts(self.spec), TOKENIZER_PARTS)
+        missing = next((name for name in needed if name not in self.parts), None)
         if missing is not None:
-            raise BadCheckpoint(f"{path} misses parts of the layers and experts in its spec, the first is {missing}")
+            raise BadCheckpoint(f"{path} misses parts that its spec needs, the first is {missing}")
         for name, part in self.parts.items():
             if not PART_FILE.fullmatch(part.file) or not part.file.startswith(name) or len(part.digest) != 32:
                 raise BadCheckpoint(f"{path}: part {name!r} has a file name or digest that cannot be right")

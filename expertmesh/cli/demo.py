@@ -16,7 +16,7 @@ from expertmesh.cli.classify import read_lines
 from expertmesh.client import Client
 from expertmesh.errors import SetupError
 from expertmesh.serving.inference import route_name
-from expertmesh.v1.inference_pb2 import ROUTE_FULL_MODEL, ROUTE_MESH, Classification, ClassifyResponse
+from expertmesh.v1.inference_pb2 import CONTRACT_MESH_ONLY, ROUTE_FULL_MODEL, Classification, ClassifyResponse
 
 SHOWN_CHARACTERS = 58
 
@@ -37,7 +37,7 @@ async def _demo(model: Path, texts: list[str]) -> bool:
     async with session.temporary_mesh(model, placement.read_options()) as mesh, Client(mesh.grpc) as client:
         assert mesh.plan is not None
         print(f"{len(mesh.plan.processes)} processes are up: {', '.join(p.name for p in mesh.plan.processes)}")
-        through_mesh = await client.classify(texts, route=ROUTE_MESH, include_experts=True)
+        through_mesh = await client.classify(texts, contract=CONTRACT_MESH_ONLY, include_experts=True)
         through_full = await client.classify(texts, route=ROUTE_FULL_MODEL, include_experts=True)
     _show(texts, through_mesh, through_full)
     equal = sum(

@@ -16,7 +16,7 @@ from expertmesh.cli import placement, session
 from expertmesh.client import Client
 from expertmesh.errors import MeshError, SetupError
 from expertmesh.serving.inference import parse_route
-from expertmesh.v1.inference_pb2 import Route
+from expertmesh.v1.inference_pb2 import CONTRACT_EXACT, CONTRACT_MESH_ONLY, ROUTE_FULL_MODEL, Route
 
 CALL_TEXTS = 64
 
@@ -65,7 +65,8 @@ async def _classify(
             for start in range(0, len(texts), CALL_TEXTS):
                 try:
                     chunk = texts[start : start + CALL_TEXTS]
-                    response = await client.classify(chunk, route=route, include_experts=True)
+                    contract = CONTRACT_EXACT if route == ROUTE_FULL_MODEL else CONTRACT_MESH_ONLY
+                    response = await client.classify(chunk, contract, route, include_experts=True)
                 except MeshError as error:
                     raise SetupError(f"row {start}: {error}") from None
                 for result in response.results:

@@ -1,4 +1,4 @@
-"""The parent of a local mesh's processes: `python -m expertmesh.local.nursery`. Used by the supervisor only.
+"""The parent of a local mesh's processes: `python -m expertmesh.local.nursery PID`. Used by the supervisor only.
 
 Importing torch costs more than anything else a service does to start, so it is imported once here and services are
 forked from it. Programs that must not hold torch are executed afresh. Nothing of gRPC is started before a fork.
@@ -115,7 +115,8 @@ def die_with_parent(parent: int) -> None:
 
 
 def main() -> None:
-    """Obeys until stdin ends."""
+    """Obeys until stdin ends; the argument is the pid of the supervisor, without which it does not live on."""
+    die_with_parent(int(sys.argv[1]))
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,6 +19,7 @@ from expertmesh.errors import SetupError
 STATE_FILE = "up.json"
 LOCK_FILE = "lock"
 ENVIRONMENT = "EXPERTMESH_RUN_DIR"
+LOCK_PATIENCE_S = 0.2
 
 
 @dataclass
@@ -64,30 +67,34 @@ def hold(folder: Path) -> Iterator[None]:
         SetupError: Another mesh holds it, or the folder is somebody else's.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    if not _is_ours(folder):
         raise SetupError(f"{folder} belongs to another user; choose another with --run-dir")
+    folder.chmod(0o700)
     handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _locked(handle):
             raise SetupError(
                 f"a mesh is running in {folder} already: stop it with `expertmesh down`, or choose another --run-dir"
-            ) from None
-        yield
+            )
         (folder / STATE_FILE).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            (folder / STATE_FILE).unlink(missing_ok=True)
     finally:
         os.close(handle)
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a mesh runs in a folder."""
+    """Whether a mesh of ours runs in a folder."""
+    if not _is_ours(folder):
+        return False
     try:
         handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return True
     finally:
@@ -96,7 +103,7 @@ def is_held(folder: Path) -> bool:
 
 
 def find(folder: Path) -> RunningMesh | None:
-    """The mesh that runs in a folder; None if none does."""
+    """The mesh of ours that is ready in a folder; None if none is."""
     if not is_held(folder):
         return None
     try:
@@ -105,3 +112,26 @@ def find(folder: Path) -> RunningMesh | None:
         return None
     processes = {name: RunningProcess(**plain) for name, plain in values.pop("processes").items()}
     return RunningMesh(**values, processes=processes)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder, and not a link to one, belongs to this user: nobody else may say what runs in it."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+
+
+def _locked(handle: int) -> bool:
+    """Takes the lock; tried again for a moment, since one who only looks whether it is held lets go of it at once."""
+    give_up_s = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > give_up_s:
+                return False
+            time.sleep(0.01)
+        else:
+            return True

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ from expertmesh.rpc.channel import open_channel
 STOP_TIMEOUT_S = 8.0
 RESTART_FIRST_S = 2.0
 RESTART_MOST_S = 30.0
+FORGET_RESTARTS_S = 60.0
+LAST_WORDS_BYTES = 8192
 # Processes share the cores: each computes with one thread unless its settings say more, and threads that wait sleep.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -45,6 +49,7 @@ class _Child:
     state: str = "waiting"
     pid: int = 0
     restarts: int = 0
+    healthy_since_s: float = math.inf
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     healthy: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -70,6 +75,7 @@ class Supervisor:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._nursery: asyncio.subprocess.Process
+        self._ready = False
         self._stopping = False
 
     async def start(self) -> None:
@@ -79,12 +85,15 @@ class Supervisor:
             SetupError: One could not start; says why. Everything else has been told to stop.
         """
         (self._folder / "logs").mkdir(exist_ok=True)
+        for child in self._children.values():
+            child.log.unlink(missing_ok=True)
         self.plan.mesh_file.write(self._folder / MESH_FILE)
         self._nursery = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
             "-m",
             "expertmesh.local.nursery",
+            str(os.getpid()),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
@@ -105,6 +114,7 @@ class Supervisor:
             everyone.cancel()
         if self._failure.done():
             self._failure.result()
+        self._ready = True
         self._write_state()
 
     async def stop(self) -> None:
@@ -190,6 +200,8 @@ class Supervisor:
         self._set(child, f"ended ({_how(status)})")
         if self._stopping:
             return
+        if time.monotonic() - child.healthy_since_s > FORGET_RESTARTS_S:
+            child.restarts = 0
         if not was_healthy and not child.restarts:
             if not self._failure.done():
                 why = f"{child.process.name} could not start ({_how(status)}): {_last_words(child.log)}"
@@ -219,6 +231,7 @@ class Supervisor:
                     continue
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:
                     child.healthy.set()
+                    child.healthy_since_s = time.monotonic()
                     self._set(child, "ready")
                     self._write_state()
                     return
@@ -234,6 +247,8 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
 
     def _write_state(self) -> None:
+        if not self._ready:
+            return
         processes = {
             name: RunningProcess(
                 child.process.service, child.process.kind, child.process.address, child.pid, child.restarts
@@ -266,7 +281,9 @@ def _how(status: int) -> str:
 def _last_words(log: Path) -> str:
     """The reason in a log's last line, for people."""
     try:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LAST_WORDS_BYTES))
+            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     except OSError:
         lines = []
     if not lines:

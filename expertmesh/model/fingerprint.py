@@ -18,6 +18,7 @@ from expertmesh.model import invariant
 from expertmesh.model.spec import ModelSpec
 
 ROWS = 16
+MANY_ROWS = 1024
 HEX_DIGITS = 16
 
 
@@ -52,12 +53,15 @@ def take_profile(spec: ModelSpec, device: torch.device) -> Profile:
         shapes.append((spec.embedding.bigram_width, width))
     for inputs, outputs in shapes:
         _add(digest, invariant.linear(_numbers(device, ROWS, inputs), _numbers(device, outputs, inputs)))
+    _add(digest, invariant.linear(_numbers(device, MANY_ROWS, width), _numbers(device, expert_width, width)))
     rows = _numbers(device, ROWS, width)
     _add(digest, F.layer_norm(rows, (width,), eps=spec.norm.eps))
     _add(digest, invariant.silu(rows * 8))
     _add(digest, torch.softmax(_numbers(device, ROWS, spec.router.experts), dim=-1))
-    q = _numbers(device, 1, heads, ROWS, width // heads)
-    _add(digest, invariant.bidirectional_attention(q, q.flip(2), q * 0.5, torch.tensor([ROWS - 3], device=device)))
+    for length in (ROWS, 8 * ROWS):
+        q = _numbers(device, 1, heads, length, width // heads)
+        lengths = torch.tensor([length - 3], device=device)
+        _add(digest, invariant.bidirectional_attention(q, q.flip(2), q * 0.5, lengths))
     _add(digest, rows.mean(dim=0))
     fingerprint = digest.hexdigest()[:HEX_DIGITS]
     features = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)

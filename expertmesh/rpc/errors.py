@@ -50,6 +50,7 @@ def _messages(error: errors.MeshError) -> list[Message]:
     messages: list[Message] = [info]
     match error:
         case errors.InvalidInput(field=field) if field:
+            info.metadata["field"] = field
             violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=text_of(error))
             messages.append(error_details_pb2.BadRequest(field_violations=[violation]))
         case errors.Overloaded(retry_after_s=retry_after_s):
@@ -103,7 +104,7 @@ def from_call(error: grpc.aio.AioRpcError, stage: str) -> errors.MeshError:
     info = error_info(error)
     match error.code():
         case grpc.StatusCode.INVALID_ARGUMENT:
-            return errors.InvalidInput(text)
+            return errors.InvalidInput(text, info.get("field", ""))
         case grpc.StatusCode.FAILED_PRECONDITION:
             return errors.WrongPart(text)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:

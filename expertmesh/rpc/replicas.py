@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -21,15 +22,26 @@ import grpc
 import grpc.aio
 from tenacity import AsyncRetrying, RetryCallState, wait_none
 
-from expertmesh.errors import CorruptReply, MeshError, Unavailable, WrongPart
+from expertmesh.errors import (
+    CorruptReply,
+    DeadlineExceeded,
+    InvalidInput,
+    MeshError,
+    Overloaded,
+    Unavailable,
+    WrongPart,
+)
+from expertmesh.rpc import request_id
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.errors import from_call
+from expertmesh.rpc.origin import Origin
 from expertmesh.v1.description_pb2 import DescribeRequest, DescribeResponse
 from expertmesh.v1.description_pb2_grpc import DescriptionServiceStub
 
 ReplyT = TypeVar("ReplyT")
 
 DESCRIBE_TIMEOUT_S = 1.0
+ATTEMPT_TIMEOUT_S = 10.0  # a replica that takes longer is given up, whatever time the caller has
 RETRY_FIRST_S = 0.1
 RETRY_MOST_S = 0.5
 RETRY_REFUSED_S = 5.0
@@ -71,6 +83,7 @@ class Replica:
     state: State = State.CONNECTING
     description: DescribeResponse = field(default_factory=DescribeResponse)
     calls_under_way: int = 0
+    last_turn: int = 0
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -89,6 +102,8 @@ class ReplicaSet:
         stub: The generated stub class of its gRPC service.
         admit: Is shown what a replica says it holds; raises MeshError to refuse it.
         notify: Is told every event.
+        refusals_are_faults: Whether a call that is refused is the replica's fault, as it is where requests are made
+            by the mesh itself; otherwise it is the caller's.
     """
 
     def __init__(
@@ -99,8 +114,11 @@ class ReplicaSet:
         stub: Callable[[grpc.aio.Channel], Any],
         admit: Callable[[DescribeResponse], None],
         notify: Callable[[ReplicaEvent], None],
+        refusals_are_faults: bool = False,
     ) -> None:
         self.name = name
+        self._refusals_are_faults = refusals_are_faults
+        self._turns = count(1)
         self._admit = admit
         self._notify = notify
         self.replicas = [
@@ -136,7 +154,7 @@ class ReplicaSet:
         return Unavailable(f"no replica of {self.name} answers ({told})", self.name)
 
     async def call(
-        self, method: str, request: Any, deadline: Deadline, read: Callable[[Any, Replica], ReplyT]
+        self, method: str, request: Any, deadline: Deadline, read: Callable[[Any, Origin], ReplyT]
     ) -> ReplyT:
         """Calls one replica, and others if that is lost or answers wrongly.
 
@@ -144,7 +162,8 @@ class ReplicaSet:
             method: Name of the RPC.
             request: Its message.
             deadline: When the answer is of no use any more.
-            read: Checks and reads the reply; raises CorruptReply or InvalidInput if it cannot be right.
+            read: Checks and reads the reply of whoever gave it; raises CorruptReply or InvalidInput if it cannot be
+                right.
 
         Raises:
             Unavailable: No replica answered.
@@ -165,7 +184,7 @@ class ReplicaSet:
         method: str,
         request: Any,
         deadline: Deadline,
-        read: Callable[[Any, Replica], ReplyT],
+        read: Callable[[Any, Origin], ReplyT],
         tried: Counter[str],
     ) -> ReplyT:
         replica = self._pick(tried)
@@ -175,34 +194,61 @@ class ReplicaSet:
             self._tell(replica, "retried")
         tried[replica.address] += 1
         replica.calls_under_way += 1
+        replica.last_turn = next(self._turns)
+        remaining_s = deadline.next_hop_s()
+        call = getattr(replica.stub, method)(
+            request, timeout=min(remaining_s, ATTEMPT_TIMEOUT_S), metadata=request_id.to_metadata()
+        )
         try:
-            reply = await getattr(replica.stub, method)(request, timeout=deadline.next_hop_s())
+            reply = await call
+            origin = Origin.of_metadata(await call.trailing_metadata())
         except grpc.aio.AioRpcError as error:
-            failure = from_call(error, self.name)
-            if isinstance(failure, Unavailable) and tried[replica.address] >= replica.attempts:
-                self._lose(replica, failure)
-            raise failure from None
+            raise self._failure(replica, from_call(error, self.name), remaining_s, tried) from None
         finally:
             replica.calls_under_way -= 1
         try:
             _require_message(reply)
-            return read(reply, replica)
+            if origin.model_digest != replica.description.model_digest:
+                raise CorruptReply("it comes from a process of another model")
+            return read(reply, origin)
         except MeshError as error:
-            self._tell(replica, "corrupt", str(error))
-            raise CorruptReply(f"{self.name} gave a reply that cannot be right: {error}") from None
+            raise self._corrupt(replica, error) from None
+
+    def _failure(self, replica: Replica, error: MeshError, remaining_s: float, tried: Counter[str]) -> MeshError:
+        """What a failed attempt means for the call and for the replica."""
+        if isinstance(error, DeadlineExceeded) and remaining_s > ATTEMPT_TIMEOUT_S:
+            error = Unavailable(f"{self.name} did not answer within {ATTEMPT_TIMEOUT_S:.0f} s", self.name)
+        if isinstance(error, Unavailable) and tried[replica.address] >= replica.attempts:
+            self._lose(replica, error)
+        if self._refusals_are_faults and isinstance(error, InvalidInput | WrongPart | Overloaded):
+            return self._corrupt(replica, error)
+        return error
+
+    def _corrupt(self, replica: Replica, error: MeshError) -> CorruptReply:
+        """Takes a replica whose answer cannot be right out of the traffic for a while."""
+        self._tell(replica, "corrupt", str(error))
+        if replica.state is State.LIVE:
+            replica.state = State.REFUSED
+            replica.lost.set()
+        return CorruptReply(f"{self.name} gave a reply that cannot be right: {error}")
 
     def _pick(self, tried: Counter[str]) -> Replica | None:
+        """The live replica with the fewest calls under way; among equals the one whose turn was longest ago."""
         left = [replica for replica in self.live if tried[replica.address] < replica.attempts]
-        return min(left, key=lambda replica: (tried[replica.address], replica.calls_under_way), default=None)
+        return min(left, key=lambda one: (tried[one.address], one.calls_under_way, one.last_turn), default=None)
 
     async def _follow(self, replica: Replica) -> None:
         wait_s = RETRY_FIRST_S
         while True:
-            await self._introduce(replica)
+            try:
+                await self._introduce(replica)
+            except Exception as error:  # nothing unforeseen may end the following of a replica
+                replica.state = State.CONNECTING
+                self._tell(replica, "lost", f"unforeseen: {error!r}")
             if replica.state is State.LIVE:
                 wait_s = RETRY_FIRST_S
                 await self._until_lost(replica)
-            else:
+            if replica.state is not State.LIVE:
                 await asyncio.sleep(RETRY_REFUSED_S if replica.state is State.REFUSED else wait_s)
                 wait_s = min(2 * wait_s, RETRY_MOST_S)
 
@@ -259,14 +305,16 @@ def _require_message(reply: Any) -> None:
         raise CorruptReply("it cannot be parsed")
 
 
-def require_parts(description: DescribeResponse, kind: str, parts: dict[str, bytes]) -> None:
-    """Refuses a replica that is of another kind, or that misses parts or has others.
+def require_parts(description: DescribeResponse, kind: str, model_digest: str, parts: dict[str, bytes]) -> None:
+    """Refuses a replica that is of another kind or model, or that misses parts or has others.
 
     Raises:
         WrongPart: Says which.
     """
     if description.kind != kind:
         raise WrongPart(f"it is a {description.kind or 'stranger'}, not a {kind}")
+    if description.model_digest != model_digest:
+        raise WrongPart("it was started with another manifest")
     held = {part.name: part.digest for part in description.parts}
     for name, digest in parts.items():
         if name not in held:

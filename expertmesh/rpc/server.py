@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from expertmesh.errors import SetupError
 from expertmesh.rpc.channel import SERVER_OPTIONS, message_limits
 from expertmesh.rpc.interceptor import CallInterceptor
+from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.settings import Settings, parse_host_port
 from expertmesh.telemetry import logging as log
 from expertmesh.telemetry import metrics, tracing
@@ -56,12 +57,14 @@ class Program:
         description: What it answers to Describe.
         lifespan: What runs while it serves; it is entered before the first call and left after the last.
         is_ready: Whether health says SERVING; asked twice a second.
+        drain: Is told that the program is stopping, before new calls are refused.
     """
 
     servicers: list[Servicer]
     description: description_pb2.DescribeResponse
     lifespan: AbstractAsyncContextManager[Any] | None = None
     is_ready: Callable[[], bool] = field(default=lambda: True)
+    drain: Callable[[], None] = field(default=lambda: None)
 
 
 class DescriptionServicer(description_pb2_grpc.DescriptionServiceServicer):
@@ -103,8 +106,9 @@ async def _serve(settings: SettingsT, kind: str, load: Callable[[SettingsT, trac
     async with AsyncExitStack() as stack:
         traces = tracing.start(kind)
         stack.callback(traces.shutdown)
+        calls = CallInterceptor()
         server = grpc.aio.server(
-            interceptors=[*traces.server_interceptors, CallInterceptor()],
+            interceptors=[*traces.server_interceptors, calls],
             options=(*SERVER_OPTIONS, *message_limits(settings.max_message_bytes)),
         )
         address = _bind(server, settings.listen)
@@ -116,6 +120,7 @@ async def _serve(settings: SettingsT, kind: str, load: Callable[[SettingsT, trac
             metrics_address = f"{metrics_server.host}:{metrics_server.port}"
         program = load(settings, traces)
         program.description.metrics_address = metrics_address
+        calls.origin = Origin.of_description(program.description).to_metadata()
         health = _register(server, program)
         if program.lifespan is not None:
             await stack.enter_async_context(program.lifespan)
@@ -125,6 +130,7 @@ async def _serve(settings: SettingsT, kind: str, load: Callable[[SettingsT, trac
             log.event("ready", address=address, metrics=metrics_address, seconds=round(time.monotonic() - started_s, 3))
             await stopping.wait()
         finally:
+            program.drain()
             await _stop(server, health, settings)
     log.event("stopped")
 
@@ -186,8 +192,11 @@ async def _health(health: HealthServicer, program: Program) -> AsyncIterator[Non
 
     async def follow() -> None:
         while True:
-            await _say(health, program, program.is_ready())
             await asyncio.sleep(0.5)
+            try:
+                await _say(health, program, program.is_ready())
+            except Exception:
+                log.event("internal_error", level=logging.ERROR, exc_info=True)
 
     await _say(health, program, program.is_ready())
     task = asyncio.create_task(follow())

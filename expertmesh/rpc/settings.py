@@ -1,6 +1,6 @@
 """Settings of a program: one frozen dataclass, filled from flag > environment > file > default.
 
-A field `max_texts` is the flag `--max-texts`, the variable `EXPERTMESH_MAX_TEXTS` and the key `max_texts` of the
+A field `log_level` is the flag `--log-level`, the variable `EXPERTMESH_LOG_LEVEL` and the key `log_level` of the
 TOML file that `--config` names. A bad value stops the start with one clear line.
 """
 

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from expertmesh.errors import DeadlineExceeded, MeshError, Overloaded
+from expertmesh.errors import DeadlineExceeded, InvalidInput, MeshError, Overloaded
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.telemetry import metrics, tracing
 
@@ -30,13 +30,17 @@ class Limits:
 
     Attributes:
         pass_texts: Most texts in a pass.
+        pass_characters: Most characters in a pass that has more than one text.
         passes: Most passes under way at once.
         waiting_texts: Most texts that wait; more are refused.
+        waiting_characters: Most characters that wait; more are refused.
     """
 
     pass_texts: int = 64
+    pass_characters: int = 2**17
     passes: int = 1
     waiting_texts: int = 8192
+    waiting_characters: int = 2**26
 
 
 @dataclass(eq=False)
@@ -62,17 +66,21 @@ class Batcher(Generic[WorkT, AnswerT]):
         run_pass: Answers a list of work by a list of answers, each of them an answer or the error of that one text;
             the second argument is the latest deadline among the callers.
         limits: How much is taken on.
+        weigh: Characters of a text.
     """
 
     def __init__(
         self,
         run_pass: Callable[[list[WorkT], Deadline], Awaitable[Sequence[AnswerT | MeshError]]],
         limits: Limits = Limits(),
+        weigh: Callable[[WorkT], int] = lambda work: 0,
     ) -> None:
         self._run_pass = run_pass
         self._limits = limits
+        self._weigh = weigh
         self._calls: deque[_Call[WorkT, AnswerT]] = deque()
         self._waiting_texts = 0
+        self._waiting_characters = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._members: dict[asyncio.Task[None], list[_Call[WorkT, AnswerT]]] = {}
 
@@ -86,7 +94,9 @@ class Batcher(Generic[WorkT, AnswerT]):
         """
         if not work:
             return []
-        if self._waiting_texts + len(work) > self._limits.waiting_texts:
+        characters = sum(map(self._weigh, work))
+        texts_fit = self._waiting_texts + len(work) <= self._limits.waiting_texts
+        if not texts_fit or self._waiting_characters + characters > self._limits.waiting_characters:
             raise Overloaded(f"{self._waiting_texts} texts are waiting already")
         call: _Call[WorkT, AnswerT] = _Call(
             work,
@@ -100,6 +110,7 @@ class Batcher(Generic[WorkT, AnswerT]):
         )
         self._calls.append(call)
         self._waiting_texts += len(work)
+        self._waiting_characters += characters
         self._start_passes()
         try:
             async with asyncio.timeout(deadline.remaining_s()):
@@ -113,7 +124,7 @@ class Batcher(Generic[WorkT, AnswerT]):
     def _start_passes(self) -> None:
         while len(self._tasks) < self._limits.passes and self._calls:
             taken = self._take()
-            task = asyncio.get_running_loop().create_task(self._pass(taken), context=taken[0][0].context)
+            task = asyncio.get_running_loop().create_task(self._pass(taken), context=taken[0][0].context.copy())
             self._tasks.add(task)
             self._members[task] = list({id(call): call for call, _ in taken}.values())
             for call in self._members[task]:
@@ -123,13 +134,20 @@ class Batcher(Generic[WorkT, AnswerT]):
     def _take(self) -> list[tuple[_Call[WorkT, AnswerT], int]]:
         """Takes texts for a pass: from each waiting call in turn, as (call, index of the text)."""
         taken: list[tuple[_Call[WorkT, AnswerT], int]] = []
+        characters = 0
         while self._calls and len(taken) < self._limits.pass_texts:
             call = self._calls.popleft()
-            end = min(len(call.work), call.taken + min(TURN, self._limits.pass_texts - len(taken)))
-            taken.extend((call, index) for index in range(call.taken, end))
-            self._waiting_texts -= end - call.taken
-            call.taken = end
-            if end < len(call.work):
+            for _ in range(min(TURN, self._limits.pass_texts - len(taken), len(call.work) - call.taken)):
+                weight = self._weigh(call.work[call.taken])
+                if taken and characters + weight > self._limits.pass_characters:
+                    self._calls.appendleft(call)
+                    return taken
+                taken.append((call, call.taken))
+                call.taken += 1
+                characters += weight
+                self._waiting_texts -= 1
+                self._waiting_characters -= weight
+            if call.taken < len(call.work):
                 self._calls.append(call)
         return taken
 
@@ -152,7 +170,9 @@ class Batcher(Generic[WorkT, AnswerT]):
                 _fail(call, error)
             return
         for (call, index), answer in zip(taken, answers, strict=True):
-            if isinstance(answer, MeshError):
+            if isinstance(answer, InvalidInput):
+                _fail(call, InvalidInput(f"texts[{index}]: {answer}", f"texts[{index}]"))
+            elif isinstance(answer, MeshError):
                 _fail(call, answer)
             else:
                 call.answers[index] = answer
@@ -175,6 +195,7 @@ class Batcher(Generic[WorkT, AnswerT]):
         if call in self._calls:
             self._calls.remove(call)
             self._waiting_texts -= len(call.work) - call.taken
+            self._waiting_characters -= sum(map(self._weigh, call.work[call.taken :]))
         for task in call.passes:
             if all(member.done.done() for member in self._members[task]):
                 task.cancel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,6 +10,7 @@ import grpc.aio
 
 from expertmesh.errors import InvalidInput
 from expertmesh.model.spec import ModelSpec
+from expertmesh.rpc import request_id as request_ids
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.server import Servicer
 from expertmesh.serving.passes import Answer
@@ -59,7 +59,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             MeshError: It could not be answered.
         """
         check_classify(request)
-        request_id = secrets.token_hex(8)
+        request_id = request_ids.current_or_new()
         answers = await self._classifier.classify(request.texts, request.contract, request.route, deadline)
         response = ClassifyResponse(
             results=[answer.classification for answer in answers],

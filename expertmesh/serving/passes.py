@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from expertmesh.dispatch import Gate, Scores, StageCall
-from expertmesh.errors import InvalidInput, MeshError
+from expertmesh.errors import CorruptReply, InvalidInput, MeshError
 from expertmesh.model.spec import ModelSpec
 from expertmesh.tokenization.tokenizer import Encoded
 from expertmesh.v1.inference_pb2 import Classification, Route, StageTiming
 from expertmesh.wire import encode
+
+EXACT_PROFILES = ("cpu-fp32 ",)
 
 
 @dataclass
@@ -77,6 +79,14 @@ class Provenance:
     profile: str
 
 
+def are_exact(profiles: Set[str]) -> bool:
+    """Whether answers computed on these profiles are bit-equal to the full model's.
+
+    They are if all are one, and that is of a kind that the operations of `model.invariant` are tested on.
+    """
+    return len(profiles) == 1 and next(iter(profiles)).startswith(EXACT_PROFILES)
+
+
 def kept(encoded: Encoded) -> Any:
     """The lengths of the texts that have tokens; the others get an error of their own."""
     return encoded.lengths_B[encoded.lengths_B > 0]
@@ -108,6 +118,10 @@ def to_answers(
             answers.append(InvalidInput("nothing is left of the text after normalisation", "texts"))
             continue
         probabilities_C = scores.probabilities_BC[row]
+        if not (np.isfinite(probabilities_C).all() and np.isfinite(scores.logits_BC[row]).all()):
+            answers.append(CorruptReply("the scores are not finite"))
+            row += 1
+            continue
         classification = Classification(
             label=spec.head.labels[int(probabilities_C.argmax())],
             probabilities=probabilities_C.tolist(),

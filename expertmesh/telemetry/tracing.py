@@ -7,7 +7,7 @@ The endpoint, headers and sampling are OpenTelemetry's own environment variables
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +67,20 @@ def span(name: str, links: Sequence[Any] = (), **attributes: Any) -> Iterator[No
     tracer = trace.get_tracer("expertmesh")
     linked = [trace.Link(context) for context in links if context is not None]
     with tracer.start_as_current_span(name, links=linked, attributes=attributes):
+        yield
+
+
+@contextmanager
+def http_span(name: str, headers: Mapping[str, str]) -> Iterator[None]:
+    """The span of an HTTP request, a child of what its `traceparent` header names."""
+    if not is_configured():
+        yield
+        return
+    from opentelemetry import propagate, trace
+
+    tracer = trace.get_tracer("expertmesh")
+    parent = propagate.extract(dict(headers))
+    with tracer.start_as_current_span(name, parent, kind=trace.SpanKind.SERVER):
         yield
 
 

@@ -63,6 +63,8 @@ class TrainSettings:
         learning_rate: Peak of the schedule: linear warm-up, then a cosine down to `final_rate` of the peak.
         weight_decay: Of matrices; norms and biases have none, embedding tables `embedding_weight_decay`.
         embedding_std: Standard deviation of the token embeddings at the start.
+        cooccurrence_start: Whether they start from who stands beside whom (see `vectors`), not from random numbers.
+        embedding_rate: Learning rate of embedding tables, as a share of the others'.
         bigram_std: The same for hashed bigrams and positions.
         word_dropout: Share of tokens left out.
         title_dropout: Share of titles left out.
@@ -89,6 +91,8 @@ class TrainSettings:
     embedding_weight_decay: float = 0.05
     clip_norm: float = 1.0
     embedding_std: float = 0.1
+    cooccurrence_start: bool = False
+    embedding_rate: float = 1.0
     bigram_std: float = 0.02
     dropout: Dropout = NO_DROPOUT
     word_dropout: float = 0.0
@@ -108,6 +112,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_rows", "learning_rate", "clip_norm", "embedding_std", "bigram_std"):
             _require(getattr(self, name) > 0, f"train.{name} must be positive")
+        _require(0 < self.embedding_rate <= 1, "train.embedding_rate must be in (0, 1]")
         for name in ("seed", "warmup_steps", "threads", "save_every_steps", "weight_decay", "embedding_weight_decay"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative")
         for name in ("balance_weight", "router_z_weight", "consistency_weight"):

@@ -27,6 +27,7 @@ from expertmesh.train.data import Split
 from expertmesh.train.evaluation import Evaluation, Routes, evaluate
 from expertmesh.train.optimisation import AveragedWeights, initialise, make_optimizer, rate_at
 from expertmesh.train.report import Report
+from expertmesh.train.vectors import token_vectors
 
 EVALUATION_ROWS = 256
 
@@ -57,6 +58,8 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.model = FullModel(config.model, config.train.dropout)
         initialise(self.model, config.train)
+        if config.train.cooccurrence_start:
+            self._start_from_cooccurrence(tokenizer)
         self.model.to(self.device)
         self.judged = FullModel(config.model).to(self.device)
         self.average = AveragedWeights(self.model, config.train.ema_decay)
@@ -84,10 +87,18 @@ class Trainer:
                         return {}
         return self._write_report()
 
+    def _start_from_cooccurrence(self, tokenizer: Tokenizer) -> None:
+        encoded = tokenizer.encode([row.text for row in self.split.training], self.config.model.context)
+        table = self.model.embedding.token.weight
+        ids_T, lengths_B = torch.from_numpy(encoded.ids_T).long(), torch.from_numpy(encoded.lengths_B).long()
+        table.data.copy_(
+            token_vectors(ids_T, lengths_B, table.shape[0], table.shape[1], self.config.train.embedding_std)
+        )
+
     def _train_step(self, batch: Batch) -> float:
         train = self.config.train
         for group in self.optimizer.param_groups:
-            group["lr"] = rate_at(self.step, self.steps, train)
+            group["lr"] = group["rate"] * rate_at(self.step, self.steps, train)
         self.model.train()
         routes = Routes()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=train.autocast == "bfloat16"):

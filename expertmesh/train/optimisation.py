@@ -21,15 +21,15 @@ def initialise(model: FullModel, settings: TrainSettings) -> None:
 
 def make_optimizer(model: FullModel, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) with weight decay by kind of tensor; see `TrainSettings`."""
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name.startswith("embedding.") and name.endswith(("token.weight", "bigram.weight", "position.weight")):
-            decay = settings.embedding_weight_decay
+            kind = (settings.embedding_weight_decay, settings.embedding_rate)
         else:
-            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault(decay, []).append(parameter)
+            kind = (settings.weight_decay if parameter.ndim > 1 else 0.0, 1.0)
+        groups.setdefault(kind, []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
+        [{"params": parameters, "weight_decay": decay, "rate": rate} for (decay, rate), parameters in groups.items()],
         lr=settings.learning_rate,
         betas=(0.9, 0.98),
         fused=True,

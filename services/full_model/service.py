@@ -16,7 +16,7 @@ from expertmesh.model.arrays import to_numpy
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.serving.batcher import Batcher, Limits
 from expertmesh.serving.inspection import Observer, Trace
-from expertmesh.serving.passes import Answer, ExpertTokens, Provenance, Stopwatch, kept, to_answers
+from expertmesh.serving.passes import Answer, ExpertTokens, Provenance, Stopwatch, are_exact, kept, to_answers
 from expertmesh.serving.stage import Stage
 from expertmesh.telemetry import metrics
 from expertmesh.tokenization.tokenizer import Encoded
@@ -44,7 +44,7 @@ class LocalClassifier:
         self._tokenizer = load_tokenizer(stage.loader.folder, stage.loader.manifest)
         threads = torch.get_num_threads()
         self._thread = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(threads,))
-        self._batcher: Batcher[str, Answer] = Batcher(self._run_pass, limits)
+        self._batcher: Batcher[str, Answer] = Batcher(self._run_pass, limits, len)
         self._compute(["warm-up"], lambda call, result: None)
 
     async def classify(
@@ -82,7 +82,8 @@ class LocalClassifier:
             scores, expert_tokens = self._scores(encoded, observe)
         metrics.COMPUTE_SECONDS.labels("full_model").observe(perf_counter() - started_s)
         metrics.TOKENS.labels("full_model").inc(len(encoded.ids_T))
-        provenance = Provenance(ROUTE_FULL_MODEL, True, self._stage.profile.name)
+        profile = self._stage.profile.name
+        provenance = Provenance(ROUTE_FULL_MODEL, are_exact({profile}), profile)
         return to_answers(self._stage.spec, encoded, scores, expert_tokens, provenance, stopwatch)
 
     def _scores(self, encoded: Encoded, observe: Observer | None) -> tuple[Scores | None, ExpertTokens]:

@@ -53,11 +53,16 @@ def load(settings: GatewaySettings, tracing: Tracing) -> Program:
     mesh_file = MeshFile.read(settings.mesh)
     manifest = Manifest.read(Path(settings.model or mesh_file.model))
     mesh = Mesh(mesh_file, manifest, settings.max_message_bytes, tracing, settings.settle_s)
-    classifier = RoutedClassifier(mesh, Limits(settings.pass_texts, settings.passes, settings.waiting_texts))
+    classifier = RoutedClassifier(
+        mesh, Limits(pass_texts=settings.pass_texts, passes=settings.passes, waiting_texts=settings.waiting_texts)
+    )
     inference = InferenceServicer(manifest.spec, classifier)
 
     def is_ready() -> bool:
         return mesh.is_ready
+
+    def drain() -> None:
+        mesh.draining = True
 
     @asynccontextmanager
     async def lifespan() -> AsyncIterator[None]:
@@ -76,7 +81,7 @@ def load(settings: GatewaySettings, tracing: Tracing) -> Program:
     if settings.inspect:
         registrations.append(InspectionServicer(classifier.inspect).registration())
     description = DescribeResponse(kind="gateway", model_digest=manifest.digest, version=__version__)
-    return Program(registrations, description, lifespan(), is_ready)
+    return Program(registrations, description, lifespan(), is_ready, drain)
 
 
 def main(arguments: list[str]) -> int:

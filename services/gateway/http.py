@@ -12,7 +12,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,22 +20,25 @@ from typing import Any
 import grpc
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from expertmesh.errors import InvalidInput, MeshError, Overloaded, SetupError, Unavailable
-from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.deadline import MAX_TIMEOUT_S, Deadline
 from expertmesh.rpc.errors import code_of
 from expertmesh.rpc.settings import parse_host_port
 from expertmesh.serving.inference import InferenceServicer, route_name
 from expertmesh.serving.requests import DEFAULT_TIMEOUT_S, MAX_TEXT_BYTES
-from expertmesh.telemetry import metrics
+from expertmesh.telemetry import metrics, tracing
 from expertmesh.telemetry.logging import event
 from expertmesh.v1 import inference_pb2
 from expertmesh.v1.inference_pb2 import ClassifyRequest, ClassifyResponse
 
 MAX_BODY_BYTES = 8 * MAX_TEXT_BYTES  # JSON may write one byte of text as \u00XX
+BODY_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 3
+CLIENT_CLOSED_REQUEST = 499  # as nginx names it; nobody is there to read it
 HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.FAILED_PRECONDITION: 412,
@@ -74,7 +77,8 @@ def application(inference: InferenceServicer, is_ready: Callable[[], bool]) -> S
     async def _infer(request: Request, route: inference_pb2.Route) -> Response:
         body = _parse(await _read(request))
         message = ClassifyRequest(texts=[body.text], contract=body.contract, route=route)
-        return JSONResponse(_reply(await inference.answer(message, Deadline.after(body.timeout_s))))
+        answer = inference.answer(message, Deadline.after(body.timeout_s))
+        return JSONResponse(_reply(await _unless_left(request, answer)))
 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -103,9 +107,12 @@ def _answered(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Re
     async def answered(request: Request) -> Response:
         started_s = time.monotonic()
         try:
-            response = await handler(request)
+            with tracing.http_span(f"{request.method} {request.url.path}", request.headers):
+                response = await handler(request)
         except MeshError as error:
             response = _error(error)
+        except ClientDisconnect:
+            response = Response(status_code=CLIENT_CLOSED_REQUEST)
         except Exception:
             error_id = secrets.token_hex(8)
             event("internal_error", level=logging.ERROR, exc_info=True, method=request.url.path, error_id=error_id)
@@ -133,13 +140,37 @@ def _error(error: MeshError) -> Response:
 
 
 async def _read(request: Request) -> bytes:
-    """The body, given up as soon as it is too large."""
+    """The body, given up as soon as it is too large or too slow."""
     data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BODY_BYTES:
-            raise InvalidInput(f"the body has more than {MAX_BODY_BYTES} bytes")
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > MAX_BODY_BYTES:
+                    raise InvalidInput(f"the body has more than {MAX_BODY_BYTES} bytes")
+    except TimeoutError:
+        raise InvalidInput(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
     return bytes(data)
+
+
+async def _unless_left(request: Request, answer: Coroutine[Any, Any, ClassifyResponse]) -> ClassifyResponse:
+    """Waits for an answer; work for a caller that has gone is cancelled.
+
+    Raises:
+        ClientDisconnect: The caller has gone.
+    """
+    work = asyncio.create_task(answer)
+    left = asyncio.ensure_future(request.receive())
+    waits: list[asyncio.Future[Any]] = [work, left]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return await work
+        raise ClientDisconnect
+    finally:
+        for task in (work, left):
+            task.cancel()
+        await asyncio.gather(work, left, return_exceptions=True)
 
 
 def _parse(data: bytes) -> _Body:
@@ -151,7 +182,7 @@ def _parse(data: bytes) -> _Body:
         raise InvalidInput('the body must be {"text": "..."}', "text")
     unknown = sorted(set(values) - {"text", "contract", "timeout_s"})
     if unknown:
-        raise InvalidInput(f"unknown keys: {', '.join(unknown)[:100]}; known: text, contract, timeout_s")
+        raise InvalidInput(f"unknown keys: {ascii(unknown)[:100]}; known: text, contract, timeout_s")
     try:
         values["text"].encode()
     except UnicodeEncodeError:
@@ -160,8 +191,8 @@ def _parse(data: bytes) -> _Body:
     if not isinstance(contract, str) or contract not in CONTRACTS:
         raise InvalidInput(f"contract must be one of {', '.join(CONTRACTS)}", "contract")
     timeout_s = values.get("timeout_s", DEFAULT_TIMEOUT_S)
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
-        raise InvalidInput("timeout_s must be a positive number of seconds", "timeout_s")
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise InvalidInput(f"timeout_s must be a number of seconds in (0, {MAX_TIMEOUT_S:.0f}]", "timeout_s")
     return _Body(values["text"], CONTRACTS[contract], float(timeout_s))
 
 
@@ -199,7 +230,14 @@ async def serve(app: Starlette, address: str) -> AsyncIterator[str]:
     """
     host, port = parse_host_port(address, "http")
     config = uvicorn.Config(
-        app, host=host, port=port, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=STOP_TIMEOUT_S,
     )
     server = _Server(config)
     try:

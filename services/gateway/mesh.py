@@ -79,6 +79,7 @@ class Mesh:
         for service in mesh_file.of_kind("expert"):
             self._add_experts(service)
         self._check_experts()
+        self.draining = False
         self._settled = False
         self._settle_s = settle_s
         self._settle_at_s = 0.0
@@ -137,11 +138,18 @@ class Mesh:
 
     @property
     def is_ready(self) -> bool:
-        """Whether some route can serve; after a start, once every replica was met or `settle_s` have passed."""
+        """Whether calls are welcome and some route can serve.
+
+        After a start it waits until every replica was met, or `settle_s` have passed.
+        """
         if not self._settled:
             everyone_is_met = all(len(replicas.live) == len(replicas.replicas) for replicas in self.all())
             self._settled = everyone_is_met or time.monotonic() > self._settle_at_s
-        return self._settled and (self.is_complete or (self.full_model is not None and bool(self.full_model.live)))
+        return (
+            not self.draining
+            and self._settled
+            and (self.is_complete or (self.full_model is not None and bool(self.full_model.live)))
+        )
 
     def expert_digest(self, layer: int, expert: int) -> bytes:
         """The digest that an expert's reply must carry."""
@@ -175,8 +183,9 @@ class Mesh:
             service.replicas,
             self._connect,
             _STUBS[service.kind],
-            partial(require_parts, kind=service.kind, parts=digests),
+            partial(require_parts, kind=service.kind, model_digest=self.manifest.digest, parts=digests),
             self._follow_event,
+            refusals_are_faults=service.kind != "full_model",
         )
 
     def _follow_event(self, happened: ReplicaEvent) -> None:

@@ -14,9 +14,10 @@ from expertmesh import wire
 from expertmesh.dispatch import ApplyExperts, Embed, Gate, Gated, Score, Scores, StageCall, drive_async, layer_loop
 from expertmesh.errors import CorruptReply, MeshError, Unavailable
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.replicas import Replica, ReplicaSet
+from expertmesh.rpc.origin import Origin
+from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.serving.inspection import Observer
-from expertmesh.serving.passes import Answer, ExpertTokens, Provenance, Stopwatch, kept, to_answers
+from expertmesh.serving.passes import Answer, ExpertTokens, Provenance, Stopwatch, are_exact, kept, to_answers
 from expertmesh.tokenization.tokenizer import Encoded
 from expertmesh.v1.classifier_pb2 import ScoreRequest, ScoreResponse
 from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
@@ -45,7 +46,7 @@ class MeshPass:
         self._deadline = deadline
         self._observe = observe
         self._stopwatch = Stopwatch()
-        self._profiles: dict[str, str] = {}
+        self._profiles: set[str] = set()
 
     async def run(self, texts: Sequence[str]) -> Sequence[Answer | MeshError]:
         """Answers texts, each by a classification or by the error of that one text.
@@ -63,11 +64,11 @@ class MeshPass:
         return to_answers(self._spec, encoded, scores, expert_tokens, self._provenance(), self._stopwatch)
 
     def _provenance(self) -> Provenance:
-        """Exact if everybody computes alike; the full model counts too, for its answers are what exact means."""
-        fingerprints = set(self._profiles)
+        """Exact if all who took part compute alike, and as the full model does, whose answers are what exact means."""
+        profiles = set(self._profiles)
         if self._mesh.full_model is not None:
-            fingerprints |= {replica.description.fingerprint for replica in self._mesh.full_model.live}
-        return Provenance(ROUTE_MESH, len(fingerprints) <= 1, " + ".join(sorted(self._profiles.values())))
+            profiles |= {replica.description.profile for replica in self._mesh.full_model.live}
+        return Provenance(ROUTE_MESH, are_exact(profiles), " + ".join(sorted(self._profiles)))
 
     async def _scores(self, ids_T: Any, lengths_B: Any, expert_tokens: ExpertTokens) -> Scores:
         given_s = perf_counter()
@@ -100,19 +101,21 @@ class MeshPass:
                     return await self._score(call)
 
     async def _encode(self, texts: Sequence[str]) -> Encoded:
-        def read(reply: EncodeResponse, replica: Replica) -> Encoded:
+        def read(reply: EncodeResponse, origin: Origin) -> Encoded:
             lengths_B = wire.decode(reply.lengths, wire.INT32, (len(texts),), "lengths")
             total = int(lengths_B.sum(dtype=np.int64))
             if lengths_B.min() < 0 or lengths_B.max() > self._spec.context or len(reply.truncated) != len(texts):
                 raise CorruptReply("lengths or truncated cannot be right")
-            ids_T = wire.decode(reply.ids, wire.INT32, (total,), "ids")
+            ids_T = wire.decode(reply.ids, wire.INT32, (total,), "ids") if total else np.empty(0, np.int32)
+            if total and not 0 <= ids_T.min() <= ids_T.max() < self._spec.embedding.vocab:
+                raise CorruptReply("ids cannot be right")
             return Encoded(ids_T, lengths_B, np.array(reply.truncated, dtype=np.bool_))
 
         return await self._mesh.tokenizer.call("Encode", EncodeRequest(texts=texts), self._deadline, read)
 
     async def _embed(self, call: Embed) -> Rows:
-        def read(reply: EmbedResponse, replica: Replica) -> Rows:
-            self._note(replica)
+        def read(reply: EmbedResponse, origin: Origin) -> Rows:
+            self._note(origin)
             return wire.decode_finite(reply.rows, (len(call.ids_T), self._spec.width), "rows")
 
         request = EmbedRequest(ids=wire.encode(call.ids_T), lengths=wire.encode(call.lengths_B))
@@ -122,8 +125,8 @@ class MeshPass:
         tokens, width = call.x_TD.shape
         top_k, experts = self._spec.router.top_k, self._spec.router.experts
 
-        def read(reply: GateResponse, replica: Replica) -> Gated:
-            self._note(replica)
+        def read(reply: GateResponse, origin: Origin) -> Gated:
+            self._note(origin)
             ids_TK = wire.decode(reply.expert_ids, wire.INT32, (tokens, top_k), "expert_ids")
             if ids_TK.min() < 0 or ids_TK.max() >= experts or (np.diff(ids_TK, axis=1) <= 0).any():
                 raise CorruptReply("expert_ids must ascend and name experts of the model")
@@ -140,8 +143,8 @@ class MeshPass:
     async def _score(self, call: Score) -> Scores:
         shape = (len(call.lengths_B), len(self._spec.head.labels))
 
-        def read(reply: ScoreResponse, replica: Replica) -> Scores:
-            self._note(replica)
+        def read(reply: ScoreResponse, origin: Origin) -> Scores:
+            self._note(origin)
             logits_BC = wire.decode_finite(reply.logits, shape, "logits")
             return Scores(logits_BC, wire.decode_finite(reply.probabilities, shape, "probabilities"))
 
@@ -149,11 +152,15 @@ class MeshPass:
         return await self._mesh.classifier.call("Score", request, self._deadline, read)
 
     async def _apply(self, call: ApplyExperts) -> Rows:
+        out_ND: Rows = np.empty_like(call.rows_ND)
+        await self._apply_all(call, call.slices(), out_ND)
+        return out_ND
+
+    async def _apply_all(self, call: ApplyExperts, work: list[tuple[int, slice]], out_ND: Rows) -> None:
         """One message to each expert service that has rows, all at once."""
         service2work: dict[ReplicaSet, list[tuple[int, slice]]] = {}
-        for expert, rows in call.slices():
+        for expert, rows in work:
             service2work.setdefault(self._mesh.holder(call.layer, expert), []).append((expert, rows))
-        out_ND: Rows = np.empty_like(call.rows_ND)
         tasks = [
             asyncio.create_task(self._apply_at(service, call, work, out_ND)) for service, work in service2work.items()
         ]
@@ -164,7 +171,6 @@ class MeshPass:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
-        return out_ND
 
     async def _apply_at(
         self, service: ReplicaSet, call: ApplyExperts, work: list[tuple[int, slice]], out_ND: Rows
@@ -173,10 +179,10 @@ class MeshPass:
         rows_ND = np.concatenate([call.rows_ND[rows] for _, rows in work])
         digests = [self._mesh.expert_digest(call.layer, expert) for expert in experts]
 
-        def read(reply: ApplyResponse, replica: Replica) -> Rows:
+        def read(reply: ApplyResponse, origin: Origin) -> Rows:
             if reply.layer != call.layer or list(reply.experts) != experts or list(reply.digests) != digests:
                 raise CorruptReply("it is of another layer, expert or weight than was asked for")
-            self._note(replica)
+            self._note(origin)
             out: Rows = wire.decode_finite(reply.rows, rows_ND.shape, "rows")
             return out
 
@@ -189,12 +195,15 @@ class MeshPass:
         try:
             given_ND = await service.call("Apply", request, self._deadline, read)
         except Unavailable as error:
-            raise expert_unavailable(error, call.layer, experts[0]) from None
+            if service.live:
+                raise expert_unavailable(error, call.layer, experts[0]) from None
+            await self._apply_all(call, work, out_ND)  # by other services that hold these experts, if there are any
+            return
         start = 0
         for _, rows in work:
             stop = start + rows.stop - rows.start
             out_ND[rows] = given_ND[start:stop]
             start = stop
 
-    def _note(self, replica: Replica) -> None:
-        self._profiles[replica.description.fingerprint] = replica.description.profile
+    def _note(self, origin: Origin) -> None:
+        self._profiles.add(origin.profile)

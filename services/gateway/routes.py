@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
+
 from expertmesh.errors import CorruptReply, MeshError, Unavailable
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.replicas import Replica, ReplicaSet
+from expertmesh.rpc.origin import Origin
+from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.serving.batcher import Batcher, Limits
 from expertmesh.serving.inspection import Trace
-from expertmesh.serving.passes import Answer
+from expertmesh.serving.passes import Answer, are_exact
 from expertmesh.telemetry import metrics
 from expertmesh.telemetry.logging import event
 from expertmesh.v1.inference_pb2 import (
     CONTRACT_MESH_ONLY,
     ROUTE_FULL_MODEL,
+    Classification,
     ClassifyRequest,
     ClassifyResponse,
     Contract,
@@ -37,7 +41,7 @@ class RoutedClassifier:
 
     def __init__(self, mesh: Mesh, limits: Limits) -> None:
         self._mesh = mesh
-        self._batcher: Batcher[str, Answer] = Batcher(self._run_pass, limits)
+        self._batcher: Batcher[str, Answer] = Batcher(self._run_pass, limits, len)
 
     async def classify(
         self, texts: Sequence[str], contract: Contract, route: Route, deadline: Deadline
@@ -75,6 +79,18 @@ class RoutedClassifier:
     async def _run_pass(self, texts: list[str], deadline: Deadline) -> Sequence[Answer | MeshError]:
         return await MeshPass(self._mesh, deadline).run(texts)
 
+    def _check(self, result: Classification) -> None:
+        labels = self._mesh.manifest.spec.head.labels
+        scores = np.array([*result.probabilities, *result.logits])
+        if (
+            len(result.probabilities) != len(labels)
+            or len(result.logits) != len(labels)
+            or not np.isfinite(scores).all()
+        ):
+            raise CorruptReply("a result has not one finite score for each class")
+        if result.label != labels[int(np.argmax(result.probabilities))]:
+            raise CorruptReply("a label is not that of the highest probability")
+
     def _has_full_model(self) -> bool:
         return self._mesh.full_model is not None and bool(self._mesh.full_model.live)
 
@@ -84,9 +100,14 @@ class RoutedClassifier:
         return self._mesh.full_model
 
     async def _by_full_model(self, texts: Sequence[str], deadline: Deadline) -> list[Answer]:
-        def read(reply: ClassifyResponse, replica: Replica) -> list[Answer]:
+        def read(reply: ClassifyResponse, origin: Origin) -> list[Answer]:
             if len(reply.results) != len(texts):
                 raise CorruptReply("it has not one result for each text")
+            for result in reply.results:
+                self._check(result)
+                result.route = ROUTE_FULL_MODEL
+                result.profile = origin.profile
+                result.exact = are_exact({origin.profile})
             return [Answer(result, reply.timings) for result in reply.results]
 
         request = ClassifyRequest(texts=texts, route=ROUTE_FULL_MODEL, include_experts=True)
