@@ -50,6 +50,8 @@ CONFIG = {
         "label_smoothing": 0.05,
         "teacher_weight": 0.2,
         "consistency_weight": 0.5,
+        "cooccurrence_start": True,
+        "embedding_rate": 0.5,
         "ema_decay": 0.9,
         "storage_dtype": "float16",
         "threads": 1,
