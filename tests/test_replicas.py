@@ -12,11 +12,12 @@ import pytest
 
 from expertmesh import wire
 from expertmesh.errors import CorruptReply, DeadlineExceeded, InvalidInput, Unavailable, WrongPart
-from expertmesh.rpc import replicas as module
+from expertmesh.rpc import replica as module
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.replicas import Replica, ReplicaEvent, ReplicaSet, State, require_parts
+from expertmesh.rpc.replica import Replica, ReplicaEvent, State, require_parts
+from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.v1.description_pb2 import DescribeResponse, Part
 from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
 from expertmesh.v1.embedding_pb2_grpc import EmbeddingServiceStub
@@ -300,7 +301,7 @@ async def test_a_call_that_is_cancelled_is_cancelled_at_the_replica() -> None:
 
 async def test_nothing_is_left_behind() -> None:
     def following(tasks: set[asyncio.Task[Any]]) -> set[str]:
-        return {repr(task) for task in tasks if "replicas.py" in repr(task) and "expertmesh" in repr(task)}
+        return {repr(task) for task in tasks if "replica.py" in repr(task) and "expertmesh" in repr(task)}
 
     async with served(Honest(), Refusing()) as addresses:
         async with replica_set(*addresses, "unix:/nowhere/at/all.sock", live=2) as (replicas, _):
@@ -310,7 +311,9 @@ async def test_nothing_is_left_behind() -> None:
 
 
 def test_a_name_with_several_processes_behind_it_may_be_tried_again() -> None:
-    replica = partial(Replica, channel=None, stub=None)
+    def replica(address: str) -> Replica:
+        return Replica("expert", address, None, None, print, print)
+
     assert replica("dns:///expert:50051").attempts == module.ATTEMPTS_BEHIND_ONE_NAME > 1
     assert replica("127.0.0.1:50051").attempts == 1
 
@@ -356,7 +359,7 @@ async def test_within_the_mesh_a_refused_call_is_the_replicas_fault(code: grpc.S
 
 
 async def test_a_replica_that_hangs_costs_one_attempt_and_not_the_callers_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertmesh.rpc.replicas.ATTEMPT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("expertmesh.rpc.replica.ATTEMPT_TIMEOUT_S", 0.2)
     async with served(Hanging(), Honest(2.0)) as addresses, replica_set(*addresses) as (replicas, _):
         assert [await ask(replicas) for _ in range(3)] == [2.0] * 3
 

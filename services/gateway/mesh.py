@@ -17,7 +17,8 @@ from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.errors import SetupError, Unavailable
 from expertmesh.mesh_file import MeshFile, Service, parse_experts
 from expertmesh.rpc.channel import open_channel
-from expertmesh.rpc.replicas import ReplicaEvent, ReplicaSet, require_parts
+from expertmesh.rpc.replica import ReplicaEvent, require_parts
+from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.telemetry import metrics
 from expertmesh.telemetry.logging import event
 from expertmesh.telemetry.tracing import Tracing
