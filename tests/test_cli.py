@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,31 @@ def test_eval_measures_accuracy_and_confusions(mesh: Up, tmp_path: Path, headlin
     assert "accuracy  75.00%" in ended.stdout
     assert "confusions" in ended.stdout
     assert "tokens, in fair shares" in ended.stdout
+
+
+def test_eval_and_verify_refuse_a_mesh_of_another_model(mesh: Up, model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["spec"]["context"] = 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    data = tmp_path / "one.csv"
+    data.write_text("1,a,b\n")
+    for arguments in (["verify", other, "--record"], ["eval", other, "--data", data]):
+        ended = run(*arguments, "--address", mesh.grpc)
+        assert ended.returncode == 2
+        assert "serves another model" in ended.stderr
+    assert json.loads((other / "manifest.json").read_text()) == manifest
+
+
+def test_texts_are_shown_as_they_are(mesh: Up) -> None:
+    ended = run("classify", "--address", mesh.grpc, "[red]oil[/red] [/] [Reuters] [b]prices[/b]")
+    assert ended.returncode == 0, ended.stderr
+    assert "[red]oil[/red] [/] [Reuters] [b]prices[/b]" in ended.stdout
+
+
+def test_version() -> None:
+    assert run("--version").stdout.startswith("expertmesh 0.")
 
 
 def test_demo_shows_both_routes_and_that_they_are_bit_equal(model: Path, tmp_path: Path, headlines: list[str]) -> None:

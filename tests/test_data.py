@@ -105,3 +105,10 @@ def test_no_copy_of_a_heldout_row_is_trained_on(copy, kind):
         fine = Row(1, "Fine", "Quite another story of a football match that ended without a goal for either side.")
         parts = split([fine, Row(0, "Title", text), Row(0, "", copy(text), kind)])
         assert [row.title for row in parts.training] == ["Fine"]
+
+
+@pytest.mark.parametrize("header", ["class_index,title,description", "Class Index,Title,Description"])
+def test_a_header_may_be_written_as_others_write_it(tmp_path, header):
+    path = tmp_path / "train.csv"
+    path.write_text(f'{header}\n"2",Title,Text\n', encoding="utf-8-sig")
+    assert [(row.label, row.title, row.description) for row in read_rows(path, 4)] == [(1, "Title", "Text")]

@@ -83,6 +83,9 @@ def test_a_port_in_use_is_one_clear_error(model: Path, tmp_path: Path) -> None:
         (["--replicas", "gateway=2"], "one gateway"),
         (["--expert-services", "9"], "cannot be spread over 9"),
         (["--grpc", "nowhere"], "is not HOST:PORT"),
+        (["--device", "gateway=cpu"], "gateway computes nothing"),
+        (["--run-dir", "/tmp/" + "x" * 120], "too long"),
+        (["--run-dir", "/dev/null"], "cannot be made"),
     ],
 )
 def test_bad_options_are_one_clear_error(model: Path, tmp_path: Path, options: list[str], said: str) -> None:
@@ -112,6 +115,17 @@ def test_a_device_that_is_not_there_is_named(model: Path, tmp_path: Path) -> Non
     assert ended.returncode == 2
     assert "expert-2.0 could not start" in ended.stderr
     assert "device 'cuda:9' is not there" in ended.stderr
+
+
+def test_a_hangup_does_not_end_what_nohup_started(model: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what a child inherits from nohup
+    try:
+        with Up(model, "--expert-services", "1", "--no-full-model") as up:
+            os.kill(up.process.pid, signal.SIGHUP)
+            assert run("status", "--run-dir", up.run_dir).returncode == 0
+            assert up.process.poll() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_stopped_start_leaves_nothing(model: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from expertmesh.cli import placement, session
 from expertmesh.client import Client
@@ -145,8 +146,8 @@ def _show(answers: list[dict[str, Any]]) -> None:
     for answer in answers:
         text = answer["text"] if len(answer["text"]) <= 70 else answer["text"][:69] + "…"
         if "error" in answer:
-            table.add_row("error", "", "", f"{text} ({answer['error']})", style="red")
+            table.add_row("error", "", "", Text(f"{text} ({answer['error']})"), style="red")
         else:
             truncated = " (truncated)" if answer["truncated"] else ""
-            table.add_row(answer["label"], f"{answer['confidence']:.1%}", answer["route"], text + truncated)
+            table.add_row(answer["label"], f"{answer['confidence']:.1%}", answer["route"], Text(text + truncated))
     console.print(table)

@@ -9,6 +9,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from expertmesh import wire
 from expertmesh.cli import placement, session
@@ -55,7 +56,7 @@ def _show(texts: list[str], through_mesh: ClassifyResponse, through_full: Classi
     table = Table("headline", "label", "confidence", "route", "experts used, busiest first, per layer")
     for text, left, right in zip(texts, through_mesh.results, through_full.results, strict=True):
         shown = text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
-        table.add_row(shown, left.label, f"{max(left.probabilities):.1%}", route_name(left.route), _experts(left))
+        table.add_row(Text(shown), left.label, f"{max(left.probabilities):.1%}", route_name(left.route), _experts(left))
         table.add_row("", right.label, f"{max(right.probabilities):.1%}", route_name(right.route), _experts(right))
     console.print(table)
 

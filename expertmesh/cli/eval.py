@@ -38,6 +38,9 @@ def eval(
         rows = split(rows).heldout
     if not rows:
         raise SetupError(f"{data} has no rows to evaluate on")
+    empty = next((number for number, row in enumerate(rows, start=1) if not row.text.strip()), None)
+    if empty is not None:
+        raise SetupError(f"{data}: row {empty} has neither title nor description")
     given = session.run(label([row.text for row in rows], parse_route(route), address, run_dir, model))
     truth = np.array([row.label for row in rows])
     predicted = np.array([labels.index(name) for name in given.labels])

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from expertmesh import __version__
 from expertmesh.errors import MeshError
 
 VERBS = {
@@ -35,9 +36,9 @@ class _Verbs(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"expertmesh.cli.{cmd_name}")
-        app = typer.Typer(add_completion=False)
-        app.command(name=cmd_name, help=VERBS[cmd_name])(getattr(module, cmd_name))
+        verb = getattr(importlib.import_module(f"expertmesh.cli.{cmd_name}"), cmd_name)
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app.command(name=cmd_name, short_help=VERBS[cmd_name])(verb)
         return typer.main.get_command(app)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -48,6 +49,9 @@ class _Verbs(TyperGroup):
 def main() -> None:
     """Runs the command; an error of ours is one line on stderr and status 2."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait sleep: other programs share these cores
+    if sys.argv[1:] == ["--version"]:
+        print(f"expertmesh {__version__}")
+        return
     group = _Verbs(name="expertmesh", help="Serve Mixture-of-Experts transformers as a mesh of services.")
     try:
         group.main(prog_name="expertmesh")

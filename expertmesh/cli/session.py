@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from expertmesh.checkpoint.manifest import Manifest
+from expertmesh.client import Client
+from expertmesh.errors import MeshError, SetupError
 from expertmesh.local import state
 from expertmesh.local.plan import Options, Plan, plan_mesh
 from expertmesh.local.supervisor import Supervisor, running
@@ -44,6 +46,8 @@ def run(coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
         task = asyncio.current_task()
         assert task is not None
         for number in STOPPING_SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:  # as nohup wants it
+                continue
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         return await coroutine
 
@@ -75,16 +79,28 @@ async def any_mesh(model: Path | None, address: str, run_dir: Path, options: Opt
     """The mesh at an address if one is given, else the running one if it serves the model, else a temporary one.
 
     Raises:
-        SetupError: None runs and none could be started.
+        SetupError: None runs and none could be started, or the one at the address serves another model.
     """
     found = _running(model, run_dir)
     if address:
+        if model is not None:
+            await _require_model(address, Manifest.read(model))
         yield Session(address)
     elif found is not None:
         yield Session(found.grpc)
     else:
         async with temporary_mesh(model or Path("models/agnews"), options) as session:
             yield session
+
+
+async def _require_model(address: str, manifest: Manifest) -> None:
+    async with Client(address) as client:
+        try:
+            described = await client.describe()
+        except MeshError as error:
+            raise SetupError(f"{address}: {error}; give the gRPC address of a gateway as HOST:PORT") from None
+    if described.model_digest != manifest.digest:
+        raise SetupError(f"the mesh at {address} serves another model than {manifest.name} ({manifest.digest[:16]})")
 
 
 def _running(model: Path | None, run_dir: Path) -> state.RunningMesh | None:

@@ -25,15 +25,22 @@ def train(
     from expertmesh.train.vocabulary import make_tokenizer
 
     settings = TrainConfig.load(config)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"{out} cannot be made: {error.strerror}") from None
     if not resume and (out / checkpoint.STATE_FILE).exists():
         raise SetupError(f"{out}: holds a training run already; go on with --resume, or name another folder")
     console = Console()
     parts = split(read_rows(data, len(settings.model.head.labels)))
     if not (parts.training and parts.heldout):
-        raise SetupError(f"{data}: {len(parts.training)} rows to train on and {len(parts.heldout)} held out")
+        counts = f"{len(parts.training)} rows to train on and {len(parts.heldout)} held out"
+        raise SetupError(f"{data} gives {counts}; one row in twenty is held out: give more rows")
     console.print(f"{len(parts.training)} rows to train on, {len(parts.heldout)} held out")
     folder = out / checkpoint.TOKENIZER_FOLDER
     if resume:
+        if not (out / checkpoint.STATE_FILE).exists():
+            raise SetupError(f"{out} holds no training run to resume")
         tokenizer = Tokenizer.load(folder)
     else:
         texts = [row.text for row in parts.training]

@@ -49,6 +49,7 @@ def _show(plan: Plan, run_dir: Path, pids: dict[str, int]) -> None:
         table.add_row(process.name, process.kind, str(pids.get(process.name, "")), process.address)
     console.print(table)
     console.print(f"mesh file  {run_dir / MESH_FILE}", soft_wrap=True)
+    console.print(f"logs       {run_dir / 'logs'}", soft_wrap=True)
     console.print(f"gRPC       {plan.grpc}")
     console.print(f"HTTP       http://{plan.http}")
     console.print(f"ready: {len(plan.processes)} processes; stop with Ctrl-C or `expertmesh down`")

@@ -11,7 +11,7 @@ from pathlib import Path
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.errors import SetupError
 from expertmesh.mesh_file import KINDS, MeshFile, Service
-from expertmesh.rpc.settings import parse_host_port
+from expertmesh.rpc.settings import parse_address, parse_host_port
 
 MESH_FILE = "mesh.toml"
 START_TIMEOUT_S = 120.0
@@ -99,6 +99,9 @@ def plan_mesh(model: Path, manifest: Manifest, folder: Path, options: Options) -
     services = [_service(folder, name, kind, experts, options) for name, kind, experts in _layout(manifest, options)]
     services.append(Service("gateway", "gateway", (grpc_address,), http=http_address))
     _check_names(services, options)
+    for service in services:
+        for address in service.replicas:
+            parse_address(address, f"--run-dir {folder} is too long for {service.name}")
     mesh_file = MeshFile(str(model), tuple(services))
     processes = [
         _process(service, replica, address, mesh_file, folder, options)
@@ -156,6 +159,9 @@ def _check_names(services: list[Service], options: Options) -> None:
     for name in (*options.replicas, *options.devices):
         if name not in known:
             raise SetupError(f"this mesh has no service {name!r}; it has: {', '.join(s.name for s in services)}")
+    for name in options.devices:
+        if name in WITHOUT_TORCH:
+            raise SetupError(f"{name} computes nothing on a device")
     if any(name == "gateway" for name in options.replicas):
         raise SetupError("a local mesh has one gateway")
 

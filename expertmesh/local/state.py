@@ -66,7 +66,10 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
         SetupError: Another mesh holds it, or the folder is somebody else's.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"{folder} cannot be made: {error.strerror}; choose another with --run-dir") from None
     if not _is_ours(folder):
         raise SetupError(f"{folder} belongs to another user; choose another with --run-dir")
     folder.chmod(0o700)

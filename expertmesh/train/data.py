@@ -73,7 +73,8 @@ class Split:
 def read_rows(path: Path, classes: int) -> list[Row]:
     """Reads `class,title,description` without a header, or a file whose header names at least these columns.
 
-    The header calls the class `class_index` and may have `kind` and `altered`. Classes count from 1. `.xz` is unpacked.
+    The header calls the class `class_index` or `Class Index`, and may have `kind` and `altered`. Classes count from 1.
+    `.xz` is unpacked.
 
     Raises:
         SetupError: The file cannot be read, a row has too few columns, or a class is not in [1, classes].
@@ -87,16 +88,17 @@ def read_rows(path: Path, classes: int) -> list[Row]:
 
 def _open(path: Path) -> IO[str]:
     if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
+        return lzma.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
 
 
 def _cells(file: IO[str], path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     reader = csv.reader(file)
     names: Sequence[str] = COLUMNS
     for number, cells in enumerate(reader):
-        if number == 0 and "class_index" in cells:
-            names = cells
+        header = [cell.strip().lower().replace(" ", "_") for cell in cells]
+        if number == 0 and "class_index" in header:
+            names = header
         elif cells:
             yield f"{path}, line {reader.line_num}", dict(zip(names, cells, strict=False))
 
