@@ -84,12 +84,13 @@ def test_a_port_in_use_is_one_clear_error(model: Path, tmp_path: Path) -> None:
         (["--expert-services", "9"], "cannot be spread over 9"),
         (["--grpc", "nowhere"], "is not HOST:PORT"),
         (["--device", "gateway=cpu"], "gateway computes nothing"),
-        (["--run-dir", "/tmp/" + "x" * 120], "too long"),
+        (["--run-dir", "TMP/" + "x" * 120], "too long"),
         (["--run-dir", "/dev/null"], "cannot be made"),
     ],
 )
 def test_bad_options_are_one_clear_error(model: Path, tmp_path: Path, options: list[str], said: str) -> None:
-    ended = run("up", model, "--run-dir", tmp_path / "run", "--grpc=127.0.0.1:0", "--http=127.0.0.1:0", *options)
+    told = [option.replace("TMP", str(tmp_path)) for option in options]
+    ended = run("up", model, "--run-dir", tmp_path / "run", "--grpc=127.0.0.1:0", "--http=127.0.0.1:0", *told)
     assert ended.returncode == 2
     assert said in ended.stderr
     assert "Traceback" not in ended.stderr
