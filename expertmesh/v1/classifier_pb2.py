@@ -22,20 +22,27 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from expertmesh.v1 import sampling_pb2 as expertmesh_dot_v1_dot_sampling__pb2
 from expertmesh.v1 import tensor_pb2 as expertmesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65xpertmesh/v1/classifier.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/tensor.proto\"[\n\x0cScoreRequest\x12#\n\x04rows\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07lengths\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"d\n\rScoreResponse\x12%\n\x06logits\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12,\n\rprobabilities\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor2W\n\x11\x43lassifierService\x12\x42\n\x05Score\x12\x1b.expertmesh.v1.ScoreRequest\x1a\x1c.expertmesh.v1.ScoreResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65xpertmesh/v1/classifier.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/sampling.proto\x1a\x1a\x65xpertmesh/v1/tensor.proto\"[\n\x0cScoreRequest\x12#\n\x04rows\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07lengths\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"d\n\rScoreResponse\x12%\n\x06logits\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12,\n\rprobabilities\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"X\n\rSampleRequest\x12#\n\x04rows\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\"\n\x05\x64raws\x18\x02 \x03(\x0b\x32\x13.expertmesh.v1.Draw\"s\n\x04\x44raw\x12)\n\x08sampling\x18\x01 \x01(\x0b\x32\x17.expertmesh.v1.Sampling\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\x05\x12\x10\n\x08position\x18\x03 \x01(\x05\x12\x0c\n\x04seen\x18\x04 \x03(\x05\x12\x10\n\x08logprobs\x18\x05 \x01(\x05\">\n\x0eSampleResponse\x12,\n\x06tokens\x18\x01 \x03(\x0b\x32\x1c.expertmesh.v1.TokenLogprobs2\x9e\x01\n\x11\x43lassifierService\x12\x42\n\x05Score\x12\x1b.expertmesh.v1.ScoreRequest\x1a\x1c.expertmesh.v1.ScoreResponse\x12\x45\n\x06Sample\x12\x1c.expertmesh.v1.SampleRequest\x1a\x1d.expertmesh.v1.SampleResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.classifier_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCOREREQUEST']._serialized_start=77
-  _globals['_SCOREREQUEST']._serialized_end=168
-  _globals['_SCORERESPONSE']._serialized_start=170
-  _globals['_SCORERESPONSE']._serialized_end=270
-  _globals['_CLASSIFIERSERVICE']._serialized_start=272
-  _globals['_CLASSIFIERSERVICE']._serialized_end=359
+  _globals['_SCOREREQUEST']._serialized_start=107
+  _globals['_SCOREREQUEST']._serialized_end=198
+  _globals['_SCORERESPONSE']._serialized_start=200
+  _globals['_SCORERESPONSE']._serialized_end=300
+  _globals['_SAMPLEREQUEST']._serialized_start=302
+  _globals['_SAMPLEREQUEST']._serialized_end=390
+  _globals['_DRAW']._serialized_start=392
+  _globals['_DRAW']._serialized_end=507
+  _globals['_SAMPLERESPONSE']._serialized_start=509
+  _globals['_SAMPLERESPONSE']._serialized_end=571
+  _globals['_CLASSIFIERSERVICE']._serialized_start=574
+  _globals['_CLASSIFIERSERVICE']._serialized_end=732
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ClassifierServiceStub(object):
-    """The head: last norm, pooling, classes.
+    """The head: last norm and either pooling and classes, or next-token logits and the choice of a token.
     """
 
     def __init__(self, channel):
@@ -40,14 +40,27 @@ class ClassifierServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_classifier__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_classifier__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Sample = channel.unary_unary(
+                '/expertmesh.v1.ClassifierService/Sample',
+                request_serializer=expertmesh_dot_v1_dot_classifier__pb2.SampleRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_classifier__pb2.SampleResponse.FromString,
+                _registered_method=True)
 
 
 class ClassifierServiceServicer(object):
-    """The head: last norm, pooling, classes.
+    """The head: last norm and either pooling and classes, or next-token logits and the choice of a token.
     """
 
     def Score(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Classes of whole sequences. Of a language model: next-token logits of every row, only where inspection is on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Sample(self, request, context):
+        """The next token of each row; logits never leave the service.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -60,6 +73,11 @@ def add_ClassifierServiceServicer_to_server(servicer, server):
                     request_deserializer=expertmesh_dot_v1_dot_classifier__pb2.ScoreRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_classifier__pb2.ScoreResponse.SerializeToString,
             ),
+            'Sample': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sample,
+                    request_deserializer=expertmesh_dot_v1_dot_classifier__pb2.SampleRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_classifier__pb2.SampleResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'expertmesh.v1.ClassifierService', rpc_method_handlers)
@@ -69,7 +87,7 @@ def add_ClassifierServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ClassifierService(object):
-    """The head: last norm, pooling, classes.
+    """The head: last norm and either pooling and classes, or next-token logits and the choice of a token.
     """
 
     @staticmethod
@@ -89,6 +107,33 @@ class ClassifierService(object):
             '/expertmesh.v1.ClassifierService/Score',
             expertmesh_dot_v1_dot_classifier__pb2.ScoreRequest.SerializeToString,
             expertmesh_dot_v1_dot_classifier__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sample(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ClassifierService/Sample',
+            expertmesh_dot_v1_dot_classifier__pb2.SampleRequest.SerializeToString,
+            expertmesh_dot_v1_dot_classifier__pb2.SampleResponse.FromString,
             options,
             channel_credentials,
             insecure,

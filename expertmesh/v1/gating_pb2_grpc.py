@@ -26,7 +26,10 @@ if _version_not_supported:
 
 
 class GatingServiceStub(object):
-    """Attention and router of one layer.
+    """Attention and router of every layer, and, for generation, the KV cache.
+
+    A sequence that generates is opened at one replica, which reserves room for its keys and values, and released when it
+    ends. Between the two, Gate is idempotent by (sequence, epoch, position).
     """
 
     def __init__(self, channel):
@@ -40,14 +43,42 @@ class GatingServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_gating__pb2.GateRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_gating__pb2.GateResponse.FromString,
                 _registered_method=True)
+        self.Open = channel.unary_unary(
+                '/expertmesh.v1.GatingService/Open',
+                request_serializer=expertmesh_dot_v1_dot_gating__pb2.OpenRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_gating__pb2.OpenResponse.FromString,
+                _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/expertmesh.v1.GatingService/Release',
+                request_serializer=expertmesh_dot_v1_dot_gating__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_gating__pb2.ReleaseResponse.FromString,
+                _registered_method=True)
 
 
 class GatingServiceServicer(object):
-    """Attention and router of one layer.
+    """Attention and router of every layer, and, for generation, the KV cache.
+
+    A sequence that generates is opened at one replica, which reserves room for its keys and values, and released when it
+    ends. Between the two, Gate is idempotent by (sequence, epoch, position).
     """
 
     def Gate(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Open(self, request, context):
+        """Reserves room for a sequence; RESOURCE_EXHAUSTED with RetryInfo if there is none just now. Opening the same sequence
+        with a higher epoch drops what was cached of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Release(self, request, context):
+        """Frees sequences; those that are not known are passed over.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -60,6 +91,16 @@ def add_GatingServiceServicer_to_server(servicer, server):
                     request_deserializer=expertmesh_dot_v1_dot_gating__pb2.GateRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_gating__pb2.GateResponse.SerializeToString,
             ),
+            'Open': grpc.unary_unary_rpc_method_handler(
+                    servicer.Open,
+                    request_deserializer=expertmesh_dot_v1_dot_gating__pb2.OpenRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_gating__pb2.OpenResponse.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=expertmesh_dot_v1_dot_gating__pb2.ReleaseRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_gating__pb2.ReleaseResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'expertmesh.v1.GatingService', rpc_method_handlers)
@@ -69,7 +110,10 @@ def add_GatingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GatingService(object):
-    """Attention and router of one layer.
+    """Attention and router of every layer, and, for generation, the KV cache.
+
+    A sequence that generates is opened at one replica, which reserves room for its keys and values, and released when it
+    ends. Between the two, Gate is idempotent by (sequence, epoch, position).
     """
 
     @staticmethod
@@ -89,6 +133,60 @@ class GatingService(object):
             '/expertmesh.v1.GatingService/Gate',
             expertmesh_dot_v1_dot_gating__pb2.GateRequest.SerializeToString,
             expertmesh_dot_v1_dot_gating__pb2.GateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Open(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.GatingService/Open',
+            expertmesh_dot_v1_dot_gating__pb2.OpenRequest.SerializeToString,
+            expertmesh_dot_v1_dot_gating__pb2.OpenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.GatingService/Release',
+            expertmesh_dot_v1_dot_gating__pb2.ReleaseRequest.SerializeToString,
+            expertmesh_dot_v1_dot_gating__pb2.ReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

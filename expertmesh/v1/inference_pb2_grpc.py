@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class InferenceServiceStub(object):
-    """What callers use. The gateway serves it through the mesh, full_model by itself.
+    """What callers use. The gateway serves it through the mesh, full_model by itself. A model classifies or generates; the
+    calls of the other kind get FAILED_PRECONDITION.
     """
 
     def __init__(self, channel):
@@ -40,14 +41,52 @@ class InferenceServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
                 _registered_method=True)
+        self.Generate = channel.unary_stream(
+                '/expertmesh.v1.InferenceService/Generate',
+                request_serializer=expertmesh_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.Complete = channel.unary_unary(
+                '/expertmesh.v1.InferenceService/Complete',
+                request_serializer=expertmesh_dot_v1_dot_inference__pb2.CompleteRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_inference__pb2.CompleteResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/expertmesh.v1.InferenceService/Tokenize',
+                request_serializer=expertmesh_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
-    """What callers use. The gateway serves it through the mesh, full_model by itself.
+    """What callers use. The gateway serves it through the mesh, full_model by itself. A model classifies or generates; the
+    calls of the other kind get FAILED_PRECONDITION.
     """
 
     def Classify(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Generate(self, request, context):
+        """Tokens as they come. Each message belongs to one choice; the last of a choice carries its finish reason, and the very
+        last message the usage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Complete(self, request, context):
+        """The same, answered at once when all is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Ids of a prompt, as Generate would see them.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -60,6 +99,21 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=expertmesh_dot_v1_dot_inference__pb2.ClassifyRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_inference__pb2.ClassifyResponse.SerializeToString,
             ),
+            'Generate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=expertmesh_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Complete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Complete,
+                    request_deserializer=expertmesh_dot_v1_dot_inference__pb2.CompleteRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_inference__pb2.CompleteResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=expertmesh_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'expertmesh.v1.InferenceService', rpc_method_handlers)
@@ -69,7 +123,8 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService(object):
-    """What callers use. The gateway serves it through the mesh, full_model by itself.
+    """What callers use. The gateway serves it through the mesh, full_model by itself. A model classifies or generates; the
+    calls of the other kind get FAILED_PRECONDITION.
     """
 
     @staticmethod
@@ -89,6 +144,87 @@ class InferenceService(object):
             '/expertmesh.v1.InferenceService/Classify',
             expertmesh_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
             expertmesh_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.v1.InferenceService/Generate',
+            expertmesh_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            expertmesh_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Complete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.InferenceService/Complete',
+            expertmesh_dot_v1_dot_inference__pb2.CompleteRequest.SerializeToString,
+            expertmesh_dot_v1_dot_inference__pb2.CompleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.InferenceService/Tokenize',
+            expertmesh_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            expertmesh_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

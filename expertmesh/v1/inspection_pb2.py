@@ -26,7 +26,7 @@ from expertmesh.v1 import inference_pb2 as expertmesh_dot_v1_dot_inference__pb2
 from expertmesh.v1 import tensor_pb2 as expertmesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65xpertmesh/v1/inspection.proto\x12\rexpertmesh.v1\x1a\x1d\x65xpertmesh/v1/inference.proto\x1a\x1a\x65xpertmesh/v1/tensor.proto\"C\n\x0eInspectRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12#\n\x05route\x18\x02 \x01(\x0e\x32\x14.expertmesh.v1.Route\"\xb0\x01\n\x0fInspectResponse\x12\"\n\x03ids\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\'\n\x08\x65mbedded\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12)\n\x06layers\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.LayerTrace\x12%\n\x06logits\x18\x04 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"\xb5\x02\n\nLayerTrace\x12$\n\x05input\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\'\n\x08residual\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12+\n\x0c\x65xpert_input\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12)\n\nexpert_ids\x18\x04 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07weights\x18\x05 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12*\n\x0b\x65xpert_rows\x18\x06 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12,\n\rexpert_counts\x18\x07 \x01(\x0b\x32\x15.expertmesh.v1.Tensor2]\n\x11InspectionService\x12H\n\x07Inspect\x12\x1d.expertmesh.v1.InspectRequest\x1a\x1e.expertmesh.v1.InspectResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65xpertmesh/v1/inspection.proto\x12\rexpertmesh.v1\x1a\x1d\x65xpertmesh/v1/inference.proto\x1a\x1a\x65xpertmesh/v1/tensor.proto\"v\n\x0eInspectRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12#\n\x05route\x18\x02 \x01(\x0e\x32\x14.expertmesh.v1.Route\x12\"\n\x03ids\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\r\n\x05\x63hunk\x18\x04 \x01(\x05\"\xb0\x01\n\x0fInspectResponse\x12\"\n\x03ids\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\'\n\x08\x65mbedded\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12)\n\x06layers\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.LayerTrace\x12%\n\x06logits\x18\x04 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"\xb5\x02\n\nLayerTrace\x12$\n\x05input\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\'\n\x08residual\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12+\n\x0c\x65xpert_input\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12)\n\nexpert_ids\x18\x04 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07weights\x18\x05 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12*\n\x0b\x65xpert_rows\x18\x06 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12,\n\rexpert_counts\x18\x07 \x01(\x0b\x32\x15.expertmesh.v1.Tensor2]\n\x11InspectionService\x12H\n\x07Inspect\x12\x1d.expertmesh.v1.InspectRequest\x1a\x1e.expertmesh.v1.InspectResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.inspection_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_INSPECTREQUEST']._serialized_start=108
-  _globals['_INSPECTREQUEST']._serialized_end=175
-  _globals['_INSPECTRESPONSE']._serialized_start=178
-  _globals['_INSPECTRESPONSE']._serialized_end=354
-  _globals['_LAYERTRACE']._serialized_start=357
-  _globals['_LAYERTRACE']._serialized_end=666
-  _globals['_INSPECTIONSERVICE']._serialized_start=668
-  _globals['_INSPECTIONSERVICE']._serialized_end=761
+  _globals['_INSPECTREQUEST']._serialized_end=226
+  _globals['_INSPECTRESPONSE']._serialized_start=229
+  _globals['_INSPECTRESPONSE']._serialized_end=405
+  _globals['_LAYERTRACE']._serialized_start=408
+  _globals['_LAYERTRACE']._serialized_end=717
+  _globals['_INSPECTIONSERVICE']._serialized_start=719
+  _globals['_INSPECTIONSERVICE']._serialized_end=812
 # @@protoc_insertion_point(module_scope)

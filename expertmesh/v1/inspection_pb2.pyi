@@ -9,12 +9,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class InspectRequest(_message.Message):
-    __slots__ = ("text", "route")
+    __slots__ = ("text", "route", "ids", "chunk")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
     text: str
     route: _inference_pb2.Route
-    def __init__(self, text: _Optional[str] = ..., route: _Optional[_Union[_inference_pb2.Route, str]] = ...) -> None: ...
+    ids: _tensor_pb2.Tensor
+    chunk: int
+    def __init__(self, text: _Optional[str] = ..., route: _Optional[_Union[_inference_pb2.Route, str]] = ..., ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., chunk: _Optional[int] = ...) -> None: ...
 
 class InspectResponse(_message.Message):
     __slots__ = ("ids", "embedded", "layers", "logits")

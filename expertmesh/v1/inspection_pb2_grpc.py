@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class InspectionServiceStub(object):
-    """Everything that happens to one text on its way, so that two routes can be compared where they part.
+    """Everything that happens to one text, or one sequence of token ids, on its way, so that two routes can be compared where they part.
     Off unless a program's settings switch it on.
     """
 
@@ -44,7 +44,7 @@ class InspectionServiceStub(object):
 
 
 class InspectionServiceServicer(object):
-    """Everything that happens to one text on its way, so that two routes can be compared where they part.
+    """Everything that happens to one text, or one sequence of token ids, on its way, so that two routes can be compared where they part.
     Off unless a program's settings switch it on.
     """
 
@@ -71,7 +71,7 @@ def add_InspectionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InspectionService(object):
-    """Everything that happens to one text on its way, so that two routes can be compared where they part.
+    """Everything that happens to one text, or one sequence of token ids, on its way, so that two routes can be compared where they part.
     Off unless a program's settings switch it on.
     """
 

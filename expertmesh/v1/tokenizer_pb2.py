@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from expertmesh.v1 import tensor_pb2 as expertmesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertmesh/v1/tokenizer.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/tensor.proto\"2\n\rEncodeRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x12\n\nmax_tokens\x18\x02 \x01(\x05\"o\n\x0e\x45ncodeResponse\x12\"\n\x03ids\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07lengths\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x11\n\ttruncated\x18\x03 \x03(\x08\"3\n\rDecodeRequest\x12\"\n\x03ids\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"\x1e\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xa0\x01\n\x10TokenizerService\x12\x45\n\x06\x45ncode\x12\x1c.expertmesh.v1.EncodeRequest\x1a\x1d.expertmesh.v1.EncodeResponse\x12\x45\n\x06\x44\x65\x63ode\x12\x1c.expertmesh.v1.DecodeRequest\x1a\x1d.expertmesh.v1.DecodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertmesh/v1/tokenizer.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/tensor.proto\"2\n\rEncodeRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x12\n\nmax_tokens\x18\x02 \x01(\x05\"o\n\x0e\x45ncodeResponse\x12\"\n\x03ids\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07lengths\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x11\n\ttruncated\x18\x03 \x03(\x08\"3\n\rDecodeRequest\x12\"\n\x03ids\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"\x1e\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"T\n\x13\x45ncodePromptRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12#\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x13.expertmesh.v1.ChatH\x00\x42\x08\n\x06prompt\"4\n\x04\x43hat\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.expertmesh.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x14\x45ncodePromptResponse\x12\"\n\x03ids\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"`\n\x12\x44\x65\x63odeBatchRequest\x12\"\n\x03ids\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07lengths\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"$\n\x13\x44\x65\x63odeBatchResponse\x12\r\n\x05texts\x18\x01 \x03(\t2\xcf\x02\n\x10TokenizerService\x12\x45\n\x06\x45ncode\x12\x1c.expertmesh.v1.EncodeRequest\x1a\x1d.expertmesh.v1.EncodeResponse\x12\x45\n\x06\x44\x65\x63ode\x12\x1c.expertmesh.v1.DecodeRequest\x1a\x1d.expertmesh.v1.DecodeResponse\x12W\n\x0c\x45ncodePrompt\x12\".expertmesh.v1.EncodePromptRequest\x1a#.expertmesh.v1.EncodePromptResponse\x12T\n\x0b\x44\x65\x63odeBatch\x12!.expertmesh.v1.DecodeBatchRequest\x1a\".expertmesh.v1.DecodeBatchResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,6 +40,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST']._serialized_end=292
   _globals['_DECODERESPONSE']._serialized_start=294
   _globals['_DECODERESPONSE']._serialized_end=324
-  _globals['_TOKENIZERSERVICE']._serialized_start=327
-  _globals['_TOKENIZERSERVICE']._serialized_end=487
+  _globals['_ENCODEPROMPTREQUEST']._serialized_start=326
+  _globals['_ENCODEPROMPTREQUEST']._serialized_end=410
+  _globals['_CHAT']._serialized_start=412
+  _globals['_CHAT']._serialized_end=464
+  _globals['_CHATMESSAGE']._serialized_start=466
+  _globals['_CHATMESSAGE']._serialized_end=510
+  _globals['_ENCODEPROMPTRESPONSE']._serialized_start=512
+  _globals['_ENCODEPROMPTRESPONSE']._serialized_end=570
+  _globals['_DECODEBATCHREQUEST']._serialized_start=572
+  _globals['_DECODEBATCHREQUEST']._serialized_end=668
+  _globals['_DECODEBATCHRESPONSE']._serialized_start=670
+  _globals['_DECODEBATCHRESPONSE']._serialized_end=706
+  _globals['_TOKENIZERSERVICE']._serialized_start=709
+  _globals['_TOKENIZERSERVICE']._serialized_end=1044
 # @@protoc_insertion_point(module_scope)

@@ -45,6 +45,16 @@ class TokenizerServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_tokenizer__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_tokenizer__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.EncodePrompt = channel.unary_unary(
+                '/expertmesh.v1.TokenizerService/EncodePrompt',
+                request_serializer=expertmesh_dot_v1_dot_tokenizer__pb2.EncodePromptRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_tokenizer__pb2.EncodePromptResponse.FromString,
+                _registered_method=True)
+        self.DecodeBatch = channel.unary_unary(
+                '/expertmesh.v1.TokenizerService/DecodeBatch',
+                request_serializer=expertmesh_dot_v1_dot_tokenizer__pb2.DecodeBatchRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_tokenizer__pb2.DecodeBatchResponse.FromString,
+                _registered_method=True)
 
 
 class TokenizerServiceServicer(object):
@@ -52,13 +62,28 @@ class TokenizerServiceServicer(object):
     """
 
     def Encode(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Texts to classify: cut to the context.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Decode(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EncodePrompt(self, request, context):
+        """A prompt to go on from: with the tokens that the model wants around it, and never cut.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DecodeBatch(self, request, context):
+        """Several id sequences to text at once, for streams that grow token by token.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -75,6 +100,16 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=expertmesh_dot_v1_dot_tokenizer__pb2.DecodeRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_tokenizer__pb2.DecodeResponse.SerializeToString,
+            ),
+            'EncodePrompt': grpc.unary_unary_rpc_method_handler(
+                    servicer.EncodePrompt,
+                    request_deserializer=expertmesh_dot_v1_dot_tokenizer__pb2.EncodePromptRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_tokenizer__pb2.EncodePromptResponse.SerializeToString,
+            ),
+            'DecodeBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.DecodeBatch,
+                    request_deserializer=expertmesh_dot_v1_dot_tokenizer__pb2.DecodeBatchRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_tokenizer__pb2.DecodeBatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +167,60 @@ class TokenizerService(object):
             '/expertmesh.v1.TokenizerService/Decode',
             expertmesh_dot_v1_dot_tokenizer__pb2.DecodeRequest.SerializeToString,
             expertmesh_dot_v1_dot_tokenizer__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodePrompt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.TokenizerService/EncodePrompt',
+            expertmesh_dot_v1_dot_tokenizer__pb2.EncodePromptRequest.SerializeToString,
+            expertmesh_dot_v1_dot_tokenizer__pb2.EncodePromptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DecodeBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.TokenizerService/DecodeBatch',
+            expertmesh_dot_v1_dot_tokenizer__pb2.DecodeBatchRequest.SerializeToString,
+            expertmesh_dot_v1_dot_tokenizer__pb2.DecodeBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,
