@@ -20,11 +20,12 @@ from expertmesh.model.spec import ModelSpec
 FILE_NAME = "manifest.json"
 FORMAT = 1
 TOKENIZER_PARTS = ("tokenizer/normalizer.json", "tokenizer/tokenizer.model")
+LANGUAGE_TOKENIZER_PARTS = ("tokenizer/tokenizer.json", "tokenizer/tokenizer.model")
 MAX_MANIFEST_BYTES = 64 * 2**20
 
 PART_FILE = re.compile(
     r"(embedding|classifier|gating/layer-\d{2,3}|experts/layer-\d{2,3}/expert-\d{2,3})\.safetensors"
-    r"|tokenizer/[a-z_]+\.(json|model)"
+    r"|tokenizer/[a-z_]+\.(json|model|jinja)"
 )
 
 
@@ -141,7 +142,8 @@ class Manifest:
         return manifest
 
     def _check(self, path: Path) -> None:
-        needed = chain(model_parts(self.spec), TOKENIZER_PARTS)
+        is_language = TOKENIZER_PARTS[0] not in self.parts and any(p in self.parts for p in LANGUAGE_TOKENIZER_PARTS)
+        needed = chain(model_parts(self.spec), () if is_language else TOKENIZER_PARTS)
         missing = next((name for name in needed if name not in self.parts), None)
         if missing is not None:
             raise BadCheckpoint(f"{path} misses parts that its spec needs, the first is {missing}")
