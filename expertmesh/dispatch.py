@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,13 +45,14 @@ class Gate:
 class Gated:
     """What gating gives: the residual stream, the experts' input, and which expert serves which row how much.
 
-    `expert_ids_TK` ascend along K, so that the combine adds in ascending expert order.
+    `expert_ids_TK` ascend along K, so that the combine adds in ascending expert order. A layer without experts gives
+    the residual stream alone, with everything in it.
     """
 
     residual_TD: Array
-    expert_input_TD: Array
-    expert_ids_TK: Array
-    weights_TK: Array
+    expert_input_TD: Array = None
+    expert_ids_TK: Array = None
+    weights_TK: Array = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,24 @@ class Scores:
 
 
 StageCall = Embed | Gate | ApplyExperts | Score
-LayerLoop = Generator[StageCall, Any, Scores]
+ResultT = TypeVar("ResultT")
+Loop = Generator[StageCall, Any, ResultT]
+
+
+class Shape(Protocol):
+    """What the loop has to know of a model; `model.spec.ModelSpec` says it."""
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+
+    @property
+    def router(self) -> Any:
+        """`router.experts` is the number of experts of a layer that has some."""
+
+    @property
+    def residual_multiplier(self) -> float:
+        """Factor on what the experts add to the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -128,41 +146,51 @@ def plan_dispatch(expert_ids_TK: Array, experts: int) -> DispatchPlan:
     )
 
 
-def combine(residual_TD: Array, expert_rows_ND: Array, weights_TK: Array, plan: DispatchPlan) -> Array:
+def combine(
+    residual_TD: Array, expert_rows_ND: Array, weights_TK: Array, plan: DispatchPlan, multiplier: float = 1.0
+) -> Array:
     """Adds the weighted expert rows to the residual: choice after choice, in ascending expert order, in fp32."""
     routed_TD = weights_TK[:, :1] * expert_rows_ND[plan.choice2row_TK[:, 0]]
     for choice in range(1, plan.choice2row_TK.shape[1]):
         routed_TD = routed_TD + weights_TK[:, choice : choice + 1] * expert_rows_ND[plan.choice2row_TK[:, choice]]
-    return residual_TD + routed_TD
+    return residual_TD + (routed_TD if multiplier == 1.0 else routed_TD * multiplier)
 
 
-def layer_loop(layers: int, experts: int, ids_T: Array, lengths_B: Array) -> LayerLoop:
-    """The way of a step through the model: embed, then per layer gate, dispatch and combine, then score.
+def layer_loop(shape: Shape, ids_T: Array, lengths_B: Array) -> Loop[Array]:
+    """The way of a step through the layers: embed, then per layer gate, dispatch and combine.
 
     Args:
-        layers: Number of layers.
-        experts: Number of experts per layer.
+        shape: The model's.
         ids_T: Token ids of all sequences, one after another, without padding.
-        lengths_B: Tokens of each sequence; they sum to T.
+        lengths_B: Rows of each sequence; they sum to T.
 
     Yields:
-        A `StageCall`; send its result back in.
+        A `StageCall`; send its result back in. Expert rows come back in float32.
 
     Returns:
-        The `Scores` that the head gave.
+        x_TD, the residual stream after the last layer.
     """
     x_TD = yield Embed(ids_T, lengths_B)
-    for layer in range(layers):
+    for layer in range(shape.layers):
         gated = yield Gate(layer, x_TD, lengths_B)
-        plan = plan_dispatch(gated.expert_ids_TK, experts)
+        if gated.expert_ids_TK is None:
+            x_TD = gated.residual_TD
+            continue
+        plan = plan_dispatch(gated.expert_ids_TK, shape.router.experts)
         rows_ND = yield ApplyExperts(layer, gated.expert_input_TD[plan.row2token], plan.counts_E)
-        x_TD = combine(gated.residual_TD, rows_ND, gated.weights_TK, plan)
+        x_TD = combine(gated.residual_TD, rows_ND, gated.weights_TK, plan, shape.residual_multiplier)
+    return x_TD
+
+
+def classify(shape: Shape, ids_T: Array, lengths_B: Array) -> Loop[Scores]:
+    """The layer loop, and then the scores of every sequence."""
+    x_TD = yield from layer_loop(shape, ids_T, lengths_B)
     scores: Scores = yield Score(x_TD, lengths_B)
     return scores
 
 
-def drive(loop: LayerLoop, answer: Callable[[StageCall], Any]) -> Scores:
-    """Runs a layer loop to its end with a function that answers each call."""
+def drive(loop: Loop[ResultT], answer: Callable[[StageCall], Any]) -> ResultT:
+    """Runs a loop to its end with a function that answers each call."""
     with closing(loop):
         call = next(loop)
         while True:
@@ -170,12 +198,12 @@ def drive(loop: LayerLoop, answer: Callable[[StageCall], Any]) -> Scores:
             try:
                 call = loop.send(result)
             except StopIteration as stop:
-                scores: Scores = stop.value
-                return scores
+                outcome: ResultT = stop.value
+                return outcome
 
 
-async def drive_async(loop: LayerLoop, answer: Callable[[StageCall], Awaitable[Any]]) -> Scores:
-    """Runs a layer loop to its end with a coroutine that answers each call."""
+async def drive_async(loop: Loop[ResultT], answer: Callable[[StageCall], Awaitable[Any]]) -> ResultT:
+    """Runs a loop to its end with a coroutine that answers each call."""
     with closing(loop):
         call = next(loop)
         while True:
@@ -183,5 +211,5 @@ async def drive_async(loop: LayerLoop, answer: Callable[[StageCall], Awaitable[A
             try:
                 call = loop.send(result)
             except StopIteration as stop:
-                scores: Scores = stop.value
-                return scores
+                outcome: ResultT = stop.value
+                return outcome

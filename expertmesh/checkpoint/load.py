@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,8 +12,13 @@ from torch import nn
 from expertmesh.checkpoint import manifest as names
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.checkpoint.parts import load_part
+from expertmesh.model.attention import gating_stage
+from expertmesh.model.embedding import EmbeddingStage
 from expertmesh.model.full import FullModel
-from expertmesh.model.stages import ClassifierStage, EmbeddingStage, Expert, GatingStage
+from expertmesh.model.gating import GatingStage
+from expertmesh.model.head import ClassifierStage, LanguageHead, head
+from expertmesh.model.layers import DTYPES, GatedMLP, narrow
+from expertmesh.model.rotary import Rotary
 
 StageT = TypeVar("StageT", bound=nn.Module)
 
@@ -37,19 +43,23 @@ class StageLoader:
 
     def embedding(self) -> EmbeddingStage:
         """The embedding."""
-        return self._load(EmbeddingStage, names.embedding_part())
+        return self._load(names.embedding_part(), lambda: EmbeddingStage(self.spec))
 
     def gating(self, layer: int) -> GatingStage:
         """One layer's attention and router."""
-        return self._load(GatingStage, names.gating_part(layer))
+        return self._load(names.gating_part(layer), lambda: gating_stage(self.spec, layer))
 
-    def expert(self, layer: int, expert: int) -> Expert:
+    def expert(self, layer: int, expert: int) -> GatedMLP:
         """One expert."""
-        return self._load(Expert, names.expert_part(layer, expert))
+        return self._load(names.expert_part(layer, expert), lambda: GatedMLP(self.spec.width, self.spec.expert))
 
-    def classifier(self) -> ClassifierStage:
+    def classifier(self) -> ClassifierStage | LanguageHead:
         """The head."""
-        return self._load(ClassifierStage, names.classifier_part())
+        return self._load(names.classifier_part(), lambda: head(self.spec))
+
+    def rotary(self) -> Rotary:
+        """The table of rotations."""
+        return Rotary(self.spec, self.device)
 
     def full_model(self) -> FullModel:
         """Every stage."""
@@ -58,15 +68,16 @@ class StageLoader:
         model.embedding = self.embedding()
         for layer in range(self.spec.layers):
             model.gating[layer] = self.gating(layer)
+        for layer in self.spec.sparse_layers:
             model.experts[layer] = nn.ModuleList(
                 self.expert(layer, expert) for expert in range(self.spec.router.experts)
             )
         model.classifier = self.classifier()
         return model.eval()
 
-    def _load(self, stage: type[StageT], name: str) -> StageT:
+    def _load(self, name: str, make: Callable[[], StageT]) -> StageT:
         with torch.device("meta"):
-            module = stage(self.spec)
+            module = make()
         load_part(self.folder, self.manifest, name, module, self.device)
         self.loaded.append(name)
-        return module
+        return narrow(module, DTYPES[self.spec.dtype])

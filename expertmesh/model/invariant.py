@@ -47,6 +47,11 @@ def silu(x: Tensor) -> Tensor:
     return x / (1.0 + torch.exp(-x))
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), element by element, the same at every position."""
+    return 1.0 / (1.0 + torch.exp(-x))
+
+
 def bidirectional_attention(q_NHLd: Tensor, k_NHLd: Tensor, v_NHLd: Tensor, lengths_N: Tensor) -> Tensor:
     """Scaled dot-product attention of N sequences that share one padded length L.
 
@@ -68,3 +73,43 @@ def bidirectional_attention(q_NHLd: Tensor, k_NHLd: Tensor, v_NHLd: Tensor, leng
     scores = scores.view(n, heads, length, length).masked_fill(behind_NL[:, None, None, :], float("-inf"))
     weights = torch.softmax(scores, dim=-1).view(n * heads, length, length)
     return torch.bmm(weights.to(v_NHLd.dtype), v_NHLd.reshape(flat)).view(n, heads, length, width)
+
+
+def causal_attention(
+    q_NKMd: Tensor, k_NBKSd: Tensor, v_NBKSv: Tensor, hidden_NBMS: Tensor, scale: float, sinks_KM: Tensor | None = None
+) -> Tensor:
+    """Scaled dot-product attention over keys in blocks of one fixed size S.
+
+    Scores are made block by block, their maximum is exact, and what each block gives is added block after block. So a
+    row depends neither on how many rows share the call nor on how many blocks there are behind the last that it sees:
+    a block that is hidden altogether adds zeros.
+
+    Args:
+        q_NKMd: Queries [N, K, M, d] of N tiles and K key heads; M is a multiple of `ROW_MULTIPLE`.
+        k_NBKSd: Keys [N, B, K, S, d] of B blocks.
+        v_NBKSv: Values [N, B, K, S, v]; those that are hidden must be finite.
+        hidden_NBMS: Which keys a query does not see; it must see one.
+        scale: Factor on the scores.
+        sinks_KM: Logits that take part in the denominator only (Xiao et al., "StreamingLLM", 2023; gpt-oss).
+
+    Returns:
+        [N, K, M, v] in float32.
+    """
+    n, blocks, heads, size, width = k_NBKSd.shape
+    rows = q_NKMd.shape[2]
+    q = q_NKMd[:, None].expand(n, blocks, heads, rows, width).reshape(-1, rows, width)
+    scores = torch.bmm(q, k_NBKSd.reshape(-1, size, width).transpose(1, 2)).float() * scale
+    scores = scores.view(n, blocks, heads, rows, size).masked_fill(hidden_NBMS[:, :, None], float("-inf"))
+    best_NKM = scores.amax(dim=(1, 4))
+    if sinks_KM is not None:
+        best_NKM = torch.maximum(best_NKM, sinks_KM)
+    weights = torch.exp(scores - best_NKM[:, None, :, :, None])
+    totals = weights.sum(dim=-1)
+    flat = weights.to(v_NBKSv.dtype).view(-1, rows, size)
+    mixed = torch.bmm(flat, v_NBKSv.reshape(flat.shape[0], size, -1)).float().view(n, blocks, heads, rows, -1)
+    total_NKM, mixed_NKMv = totals[:, 0], mixed[:, 0]
+    for block in range(1, blocks):
+        total_NKM, mixed_NKMv = total_NKM + totals[:, block], mixed_NKMv + mixed[:, block]
+    if sinks_KM is not None:
+        total_NKM = total_NKM + torch.exp(sinks_KM - best_NKM)
+    return mixed_NKMv / total_NKM[..., None]

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from expertmesh.model.rotary import Rotary, Rotation
 
 LENGTH_MULTIPLE = 16
 
@@ -32,16 +35,53 @@ class Group:
     inside_NL: Tensor
 
 
+@dataclass(frozen=True)
+class Pattern:
+    """Which keys a layer's causal attention sees, and how.
+
+    Attributes:
+        layer: The layer.
+        scale: Factor on the scores.
+        window: How many of the latest tokens are seen; 0 for all.
+        sinks_H: Each head's logit in the denominator, if there is one.
+    """
+
+    layer: int
+    scale: float
+    window: int = 0
+    sinks_H: Tensor | None = None
+
+
 class Sequences:
-    """The layout of one batch.
+    """The layout of one batch of whole sequences.
 
     Args:
         lengths_B: Tokens of each sequence, each at least 1.
+        rotary: Of models that have one.
     """
 
-    def __init__(self, lengths_B: Tensor) -> None:
+    def __init__(self, lengths_B: Tensor, rotary: Rotary | None = None) -> None:
         self.lengths_B = lengths_B.to(torch.int64)
         self.starts_B = torch.cumsum(self.lengths_B, 0) - self.lengths_B
+        self._rotary = rotary
+
+    @cached_property
+    def rotation(self) -> Rotation:
+        """What queries and keys are turned by."""
+        assert self._rotary is not None
+        return self._rotary.at(self.positions_T)
+
+    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKv: Tensor, pattern: Pattern) -> Tensor:
+        """Causal attention for training: fast, differentiable, and not row-invariant; see `cache` for serving."""
+        assert not pattern.window, "windows are not trained"
+        assert pattern.sinks_H is None, "sinks are not trained"
+        mixed_THv = q_THd.new_empty(*q_THd.shape[:2], v_TKv.shape[2])
+        for group in self.groups:
+            q, k, v = (x[group.rows_NL].transpose(1, 2) for x in (q_THd, k_TKd, v_TKv))
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=pattern.scale, enable_gqa=True)
+            rows = group.rows_NL[group.inside_NL]
+            mixed_THv = mixed_THv.index_put((rows,), mixed.transpose(1, 2)[group.inside_NL].to(mixed_THv.dtype))
+        return mixed_THv
 
     @cached_property
     def positions_T(self) -> Tensor:

@@ -181,8 +181,8 @@ class ExpertSpec:
 
     Attributes:
         width: Expert width F.
-        activation: `swiglu`, or `swiglu_clamped`: gate and up are clamped to `limit`, the sigmoid has the slope `alpha`,
-            and 1 is added to up (OpenAI, gpt-oss model card, 2025).
+        activation: `swiglu`, or `swiglu_clamped`: gate and up are clamped to `limit`, the sigmoid has the slope
+            `alpha`, and 1 is added to up (OpenAI, gpt-oss model card, 2025).
         limit: Of `swiglu_clamped`.
         alpha: Of `swiglu_clamped`.
         bias: Whether the three layers have a bias.

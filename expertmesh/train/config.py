@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from expertmesh.errors import SetupError
 from expertmesh.model.spec import ModelSpec
-from expertmesh.model.stages import NO_DROPOUT, Dropout
+from expertmesh.model.layers import NO_DROPOUT, Dropout
 from expertmesh.tokenization.normalizer import NEWS_STEPS, STEPS
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from expertmesh.errors import SetupError
 from expertmesh.model.full import FullModel
-from expertmesh.model.stages import GatingStage
+from expertmesh.model.gating import GatingStage
 from expertmesh.tokenization.tokenizer import Tokenizer
 from expertmesh.train import checkpoint, losses
 from expertmesh.train.batches import Batch, TrainingBatches, batched, one_hot

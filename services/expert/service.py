@@ -11,7 +11,7 @@ from expertmesh import wire
 from expertmesh.checkpoint.manifest import expert_part
 from expertmesh.errors import InvalidInput, WrongPart
 from expertmesh.model.arrays import to_numpy
-from expertmesh.model.stages import Expert
+from expertmesh.model.layers import GatedMLP
 from expertmesh.serving.stage import Stage
 from expertmesh.telemetry import metrics
 from expertmesh.v1.expert_pb2 import ApplyRequest, ApplyResponse
@@ -30,7 +30,7 @@ class ExpertServicer(ExpertServiceServicer):
 
     def __init__(self, stage: Stage, pairs: list[tuple[int, int]]) -> None:
         self._stage = stage
-        self.pair2expert: dict[tuple[int, int], Expert] = {pair: stage.loader.expert(*pair) for pair in pairs}
+        self.pair2expert: dict[tuple[int, int], GatedMLP] = {pair: stage.loader.expert(*pair) for pair in pairs}
         rows_ND = np.zeros((8, stage.spec.width), np.float32)
         stage.warm_up(lambda: self._apply([self.pair2expert[pairs[0]]], [8], rows_ND))
 
@@ -49,7 +49,7 @@ class ExpertServicer(ExpertServiceServicer):
             rows=wire.encode(out_ND),
         )
 
-    def _experts_of(self, request: ApplyRequest) -> list[Expert]:
+    def _experts_of(self, request: ApplyRequest) -> list[GatedMLP]:
         ids = list(request.experts)
         if not ids or ids != sorted(set(ids)):
             raise InvalidInput("experts must ascend, each at most once, at least one", "experts")
@@ -60,7 +60,7 @@ class ExpertServicer(ExpertServiceServicer):
                 raise WrongPart(f"this service does not hold expert {expert} of layer {request.layer}")
         return [self.pair2expert[request.layer, expert] for expert in ids]
 
-    def _apply(self, experts: list[Expert], counts: list[int], rows_ND: npt.NDArray) -> npt.NDArray:  # type: ignore[type-arg]
+    def _apply(self, experts: list[GatedMLP], counts: list[int], rows_ND: npt.NDArray) -> npt.NDArray:  # type: ignore[type-arg]
         pieces = torch.split(self._stage.tensor(rows_ND), counts)
         return to_numpy(torch.cat([expert(piece) for expert, piece in zip(experts, pieces, strict=True)]))
 

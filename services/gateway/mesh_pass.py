@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertmesh import wire
-from expertmesh.dispatch import ApplyExperts, Embed, Gate, Gated, Score, Scores, StageCall, drive_async, layer_loop
+from expertmesh.dispatch import ApplyExperts, Embed, Gate, Gated, Score, Scores, StageCall, classify, drive_async
 from expertmesh.errors import CorruptReply, MeshError, Unavailable
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
@@ -83,7 +83,7 @@ class MeshPass:
                 self._observe(call, result)
             return result
 
-        return await drive_async(layer_loop(self._spec.layers, self._spec.router.experts, ids_T, lengths_B), answer)
+        return await drive_async(classify(self._spec, ids_T, lengths_B), answer)
 
     async def _answer(self, call: StageCall) -> Any:
         match call:

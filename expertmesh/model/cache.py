@@ -1,0 +1,224 @@
+"""The KV cache: keys and values of the tokens before, in blocks, and causal attention over them.
+
+A block holds `BLOCK_TOKENS` tokens of one sequence in every layer, which is also the size in which attention goes over
+keys; so a sequence may be computed whole, in chunks or token by token, here or elsewhere, and gives the same bits. Who
+may have how many blocks is not decided here; see `serving.leases`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import gcd
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertmesh.model import invariant
+from expertmesh.model.layers import DTYPES
+from expertmesh.model.rotary import Rotary
+from expertmesh.model.sequences import Pattern, Sequences
+from expertmesh.model.spec import ModelSpec
+
+BLOCK_TOKENS = 128
+TILE_ROWS = 64  # rows of one sequence that are attended together
+MAX_SCORES = 2**23  # elements of a score tensor, by which long work is cut
+
+
+def blocks_of(tokens: int) -> int:
+    """Blocks that a sequence of so many tokens needs."""
+    return -(-tokens // BLOCK_TOKENS)
+
+
+class KeyValueCache:
+    """Keys and values of every layer.
+
+    Args:
+        spec: The model.
+        blocks: How many blocks there are.
+        device: Where they are.
+    """
+
+    def __init__(self, spec: ModelSpec, blocks: int, device: torch.device) -> None:
+        heads, key_width, value_width = _shape(spec)
+        self.blocks = blocks
+        self._is_latent = spec.attention.kind == "latent"
+        self._value_width = value_width
+
+        def pool(width: int) -> Tensor:  # zeros, since even what is hidden must be finite
+            return torch.zeros(blocks, heads, BLOCK_TOKENS, width, dtype=DTYPES[spec.dtype], device=device)
+
+        self._keys = [pool(key_width) for _ in range(spec.layers)]
+        self._values = [] if self._is_latent else [pool(value_width) for _ in range(spec.layers)]
+
+    @staticmethod
+    def block_bytes(spec: ModelSpec) -> int:
+        """Memory of one block, in all layers."""
+        heads, key_width, value_width = _shape(spec)
+        width = key_width if spec.attention.kind == "latent" else key_width + value_width
+        return spec.layers * heads * BLOCK_TOKENS * width * DTYPES[spec.dtype].itemsize
+
+    def write(self, layer: int, block_T: Tensor, slot_T: Tensor, k_TKd: Tensor, v_TKv: Tensor) -> None:
+        """Puts the rows of a step in their places; the same rows may be put there again."""
+        self._keys[layer][block_T, :, slot_T] = k_TKd.to(self._keys[layer].dtype)
+        if not self._is_latent:
+            self._values[layer][block_T, :, slot_T] = v_TKv.to(self._values[layer].dtype)
+
+    def read(self, layer: int, blocks_NB: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [N, B, K, S, d] and values [N, B, K, S, v] of blocks."""
+        keys = self._keys[layer][blocks_NB]
+        return keys, keys[..., : self._value_width] if self._is_latent else self._values[layer][blocks_NB]
+
+
+def _shape(spec: ModelSpec) -> tuple[int, int, int]:
+    """Key heads, and the widths of a key and a value."""
+    attention = spec.attention
+    if attention.kind == "latent":
+        return 1, attention.latent_rank + 2 * len(spec.rotary.frequencies), attention.latent_rank
+    return attention.kv_heads, attention.head_width, attention.head_width
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of one sequence: they stand at `position` and behind.
+
+    Attributes:
+        blocks: The sequence's blocks, enough for the last of these rows.
+        position: Tokens before these rows.
+        rows: How many rows, at least 1.
+    """
+
+    blocks: Sequence[int]
+    position: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Rows of one span that are attended together, and the blocks that they can see."""
+
+    span: Span
+    first_row: int
+    position: int
+    rows: int
+
+    def needed(self, window: int) -> range:
+        """Ordinals of the blocks that hold keys which some row sees."""
+        first = max(0, self.position - window + 1) // BLOCK_TOKENS if window else 0
+        return range(first, blocks_of(self.position + self.rows))
+
+
+class CachedSequences(Sequences):
+    """The layout of a step: rows of many sequences, each behind what is cached of it.
+
+    Args:
+        spans: The rows of each sequence, in the order of the step.
+        cache: Where keys and values are.
+        rotary: Of the model.
+        device: Where the step is computed.
+    """
+
+    def __init__(self, spans: Sequence[Span], cache: KeyValueCache, rotary: Rotary, device: torch.device) -> None:
+        super().__init__(torch.tensor([span.rows for span in spans], device=device), rotary)
+        self._cache = cache
+        self._device = device
+        positions_T = np.concatenate([np.arange(span.position, span.position + span.rows) for span in spans])
+        blocks_T = np.concatenate([_blocks_of_rows(span) for span in spans])
+        self.positions_T = torch.from_numpy(positions_T).to(device)
+        self._block_T = torch.from_numpy(blocks_T).to(device)
+        self._slot_T = self.positions_T % BLOCK_TOKENS
+        self._tiles = list(_tiles(spans))
+        self._batches: dict[tuple[int, int, int], list[_Batch]] = {}
+
+    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKv: Tensor, pattern: Pattern) -> Tensor:
+        """Caches the rows' keys and values, and attends to everything before them and themselves; float32."""
+        self._cache.write(pattern.layer, self._block_T, self._slot_T, k_TKd, v_TKv)
+        _, heads, _ = q_THd.shape
+        key_heads = k_TKd.shape[1]
+        share = heads // key_heads
+        mixed_THv = q_THd.new_empty(len(q_THd), heads, v_TKv.shape[2], dtype=torch.float32)
+        for batch in self._batched(pattern.window, key_heads, share):
+            keys, values = self._cache.read(pattern.layer, batch.blocks_NB)
+            n, rows = batch.rows_NP.shape
+            q = q_THd[batch.rows_NP].to(keys.dtype).view(n, rows, key_heads, share, -1)
+            q_NKMd = q.permute(0, 2, 1, 3, 4).reshape(n, key_heads, rows * share, -1)
+            sinks = pattern.sinks_H
+            sinks_KM = None if sinks is None else sinks.view(key_heads, 1, share).expand(-1, rows, -1).flatten(1)
+            mixed = invariant.causal_attention(q_NKMd, keys, values, batch.hidden_NBMS, pattern.scale, sinks_KM)
+            mixed = mixed.view(n, key_heads, rows, share, -1).permute(0, 2, 1, 3, 4).reshape(n, rows, heads, -1)
+            mixed_THv[batch.rows_NP[batch.inside_NP]] = mixed[batch.inside_NP]
+        return mixed_THv
+
+    def _batched(self, window: int, key_heads: int, share: int) -> list[_Batch]:
+        """The tiles, batched by their shape; made once, since most layers are alike."""
+        key = (window, key_heads, share)
+        if key not in self._batches:
+            self._batches[key] = [
+                _Batch(tiles, rows, window, share, self._device)
+                for rows, tiles in _batches(self._tiles, window, key_heads, share)
+            ]
+        return self._batches[key]
+
+
+class _Batch:
+    """Tiles of one padded number of rows P; behind a tile's end its last row is repeated."""
+
+    def __init__(self, tiles: list[_Tile], rows: int, window: int, share: int, device: torch.device) -> None:
+        needed = [tile.needed(window) for tile in tiles]
+        most = max(map(len, needed))
+        counts_N1 = np.array([tile.rows for tile in tiles])[:, None]
+        places_NP = np.minimum(np.arange(rows)[None, :], counts_N1 - 1)
+        rows_NP = np.array([tile.first_row for tile in tiles])[:, None] + places_NP
+        positions_NP = np.array([tile.position for tile in tiles])[:, None] + places_NP
+        blocks_NB = np.zeros((len(tiles), most), np.int64)
+        ordinals_NB = np.full((len(tiles), most), 2**32, np.int64)  # behind every position: hidden
+        for row, (tile, ordinals) in enumerate(zip(tiles, needed, strict=True)):
+            blocks_NB[row, : len(ordinals)] = tile.span.blocks[ordinals.start : ordinals.stop]
+            ordinals_NB[row, : len(ordinals)] = ordinals
+        keys_NBS = ordinals_NB[:, :, None] * BLOCK_TOKENS + np.arange(BLOCK_TOKENS)
+        queries_NM = np.repeat(positions_NP, share, axis=1)[:, None, :, None]
+        hidden_NBMS = keys_NBS[:, :, None, :] > queries_NM
+        if window:
+            hidden_NBMS |= keys_NBS[:, :, None, :] <= queries_NM - window
+        self.rows_NP = torch.from_numpy(rows_NP).to(device)
+        self.inside_NP = torch.from_numpy(np.arange(rows)[None, :] < counts_N1).to(device)
+        self.blocks_NB = torch.from_numpy(blocks_NB).to(device)
+        self.hidden_NBMS = torch.from_numpy(hidden_NBMS).to(device)
+
+
+def _blocks_of_rows(span: Span) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    ordinals = np.arange(span.position, span.position + span.rows) // BLOCK_TOKENS
+    return np.asarray(span.blocks, np.int64)[ordinals]
+
+
+def _tiles(spans: Sequence[Span]) -> list[_Tile]:
+    tiles = []
+    start = 0
+    for span in spans:
+        for first in range(0, span.rows, TILE_ROWS):
+            rows = min(TILE_ROWS, span.rows - first)
+            tiles.append(_Tile(span, start + first, span.position + first, rows))
+        start += span.rows
+    return tiles
+
+
+def _batches(tiles: list[_Tile], window: int, key_heads: int, share: int) -> list[tuple[int, list[_Tile]]]:
+    """Tiles of one padded number of rows together, similar numbers of blocks beside each other, bounded in size."""
+    multiple = invariant.ROW_MULTIPLE // gcd(invariant.ROW_MULTIPLE, share)
+
+    def shape(tile: _Tile) -> tuple[int, int]:
+        return -(-tile.rows // multiple) * multiple, len(tile.needed(window))
+
+    batches = []
+    for rows, alike in groupby(sorted(tiles, key=shape), key=lambda tile: shape(tile)[0]):
+        batch: list[_Tile] = []
+        for tile in alike:
+            scores = (len(batch) + 1) * shape(tile)[1] * BLOCK_TOKENS * key_heads * rows * share
+            if batch and scores > MAX_SCORES:
+                batches.append((rows, batch))
+                batch = []
+            batch.append(tile)
+        batches.append((rows, batch))
+    return batches

@@ -1,0 +1,98 @@
+"""Gating: one layer's norms, attention and router, and what every token uses, shared experts and dense layers.
+
+The residual stream is in float32 throughout; matrices are multiplied in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from expertmesh.dispatch import Gated
+from expertmesh.model import invariant
+from expertmesh.model.layers import DTYPES, NO_DROPOUT, Dropout, GatedMLP, Linear, norm
+from expertmesh.model.router import route
+from expertmesh.model.sequences import Sequences
+from expertmesh.model.spec import ModelSpec
+
+
+class GatingStage(nn.Module):
+    """One layer up to its experts: rows to the residual stream, the experts' input and the routes.
+
+    Its subclasses in `attention` differ in their attention, whose layers are the stage's own.
+
+    Args:
+        spec: The model.
+        layer: Which layer this is.
+        dropout: Of training.
+    """
+
+    selection_bias: Tensor | None
+
+    def __init__(self, spec: ModelSpec, layer: int = 0, dropout: Dropout = NO_DROPOUT) -> None:
+        super().__init__()
+        self.layer = layer
+        self.router_spec = spec.router
+        self.residual_multiplier = spec.residual_multiplier
+        self.dtype = DTYPES[spec.dtype]
+        self.attention_norm = norm(spec.width, spec.norm)
+        self.expert_norm = norm(spec.width, spec.norm)
+        dense = spec.dense
+        self.is_sparse = layer not in dense.layers
+        self.has_shared = self.is_sparse and dense.shared_width > 0
+        self.has_shared_gate = self.is_sparse and dense.shared_gate
+        if self.is_sparse:
+            self.router = Linear(spec.width, spec.router.experts, bias=spec.router.bias)
+            bias_E = nn.Parameter(torch.zeros(spec.router.experts)) if spec.router.selection_bias else None
+            self.register_parameter("selection_bias", bias_E)
+        else:
+            self.dense = GatedMLP(spec.width, replace(spec.expert, width=dense.width, bias=False))
+        if self.has_shared:
+            self.shared = GatedMLP(spec.width, replace(spec.expert, width=dense.shared_width, bias=False))
+        if self.has_shared_gate:
+            self.shared_gate = Linear(spec.width, 1, bias=False)
+        self.dropout = nn.Dropout(dropout.attention)
+
+    def forward(self, x_TD: Tensor, sequences: Sequences) -> Gated:
+        """x_TD to a `Gated`: in a sparse layer with int64 expert ids and fp32 weights, else the new x_TD alone."""
+        residual_TD, normed_TD = self.attend(x_TD, sequences)
+        expert_input_TD = normed_TD.to(self.dtype)
+        if not self.is_sparse:
+            return Gated(self._added(residual_TD, self.dense(expert_input_TD)))
+        ids_TK, weights_TK = self.route(self.router_logits(normed_TD))
+        if self.has_shared:
+            residual_TD = self._added(residual_TD, self._shared(expert_input_TD))
+        return Gated(residual_TD, expert_input_TD, ids_TK, weights_TK)
+
+    def attend(self, x_TD: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and its norm, which router and experts see, both in float32."""
+        attended_TD = self.attention(self.attention_norm(x_TD).to(self.dtype), sequences)
+        residual_TD = self._added(x_TD, self.dropout(attended_TD))
+        return residual_TD, self.expert_norm(residual_TD)
+
+    def attention(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
+        """What attention adds to the residual stream."""
+        raise NotImplementedError
+
+    def router_logits(self, expert_input_TD: Tensor) -> Tensor:
+        """The router's score of each expert, [T, E] in fp32."""
+        with torch.autocast(expert_input_TD.device.type, enabled=False):
+            return self.router(expert_input_TD.float())  # type: ignore[no-any-return]
+
+    def route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """The best K experts of each row, ascending by expert, and their weights."""
+        return route(logits_TE, self.router_spec, self.selection_bias)
+
+    def _added(self, residual_TD: Tensor, more_TD: Tensor) -> Tensor:
+        more_TD = more_TD.float()
+        if self.residual_multiplier != 1.0:
+            more_TD = more_TD * self.residual_multiplier
+        return residual_TD + more_TD
+
+    def _shared(self, expert_input_TD: Tensor) -> Tensor:
+        shared_TD: Tensor = self.shared(expert_input_TD).float()
+        if self.has_shared_gate:
+            shared_TD = shared_TD * invariant.sigmoid(self.shared_gate(expert_input_TD).float())
+        return shared_TD
