@@ -1,1 +1,1 @@
-"""The classifier: last norm, pooling, classes."""
+"""The classifier: the head of a model, which gives classes or next tokens."""

@@ -1,4 +1,4 @@
-"""What the classifier offers."""
+"""What the head of a model that classifies offers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import grpc.aio
 import numpy as np
 
 from expertmesh import wire
+from expertmesh.errors import WrongPart
 from expertmesh.model.arrays import to_numpy
 from expertmesh.serving.stage import Stage
-from expertmesh.v1.classifier_pb2 import ScoreRequest, ScoreResponse
+from expertmesh.v1.classifier_pb2 import SampleRequest, SampleResponse, ScoreRequest, ScoreResponse
 from expertmesh.v1.classifier_pb2_grpc import ClassifierServiceServicer
 
 
 class ClassifierServicer(ClassifierServiceServicer):
-    """The head."""
+    """Classes of sequences."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -33,3 +34,7 @@ class ClassifierServicer(ClassifierServiceServicer):
             logits=wire.encode(to_numpy(scores.logits_BC)),
             probabilities=wire.encode(to_numpy(scores.probabilities_BC)),
         )
+
+    async def Sample(self, request: SampleRequest, context: grpc.aio.ServicerContext) -> SampleResponse:
+        """Refuses: this model classifies."""
+        raise WrongPart("this model classifies; it has no next token")
