@@ -56,7 +56,7 @@ class Tokenizer:
             BadCheckpoint: One of them is missing or damaged.
         """
         folder = Path(folder)
-        return cls(_load_pieces(folder / MODEL_FILE), Normalizer.load(folder / NORMALIZER_FILE))
+        return cls(load_pieces(folder / MODEL_FILE), Normalizer.load(folder / NORMALIZER_FILE))
 
     @property
     def vocab(self) -> int:
@@ -107,7 +107,12 @@ class Tokenizer:
         return str(self._pieces.decode([int(id_) for id_ in ids]))
 
 
-def _load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
+def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """Reads a SentencePiece model.
+
+    Raises:
+        BadCheckpoint: The file is missing or damaged.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
