@@ -13,7 +13,7 @@ import torch
 
 from expertmesh import wire
 from expertmesh.checkpoint.manifest import Manifest, expert_part
-from expertmesh.checkpoint.tokenizer import load_tokenizer
+from expertmesh.checkpoint.tokenizer import load_classifier_tokenizer
 from expertmesh.errors import InvalidInput
 from expertmesh.model.sequences import Sequences
 from expertmesh.rpc.channel import open_channel
@@ -21,6 +21,7 @@ from expertmesh.serving.batcher import Limits
 from expertmesh.serving.inference import InferenceServicer, parse_route, route_name
 from expertmesh.serving.inspection import InspectionServicer
 from expertmesh.serving.requests import MAX_TEXT_BYTES, MAX_TEXTS
+from expertmesh.serving.tokenizing import TokenizerServicer
 from expertmesh.tokenization.tokenizer import Encoded
 from expertmesh.v1 import inference_pb2 as inference
 from expertmesh.v1.classifier_pb2 import ScoreRequest
@@ -44,7 +45,6 @@ from services.embedding.service import EmbeddingServicer
 from services.expert.service import ExpertServicer, FaultServicer
 from services.full_model.service import LocalClassifier
 from services.gating.service import GatingServicer
-from services.tokenizer.service import TokenizerServicer
 from tests import tiny
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -71,12 +71,12 @@ class Stages:
 @pytest.fixture
 async def stages() -> AsyncIterator[Stages]:
     manifest = Manifest.read(tiny.model())
-    tokenizer = load_tokenizer(tiny.model(), manifest)
+    tokenizer = load_classifier_tokenizer(tiny.model(), manifest)
     experts = ExpertServicer(tiny.stage("expert"), HELD)
     full = tiny.stage("full_model")
     local = LocalClassifier(full, Limits())
     registrations = [
-        (add_TokenizerServiceServicer_to_server, TokenizerServicer(tokenizer, manifest.spec.context)),
+        (add_TokenizerServiceServicer_to_server, TokenizerServicer(tokenizer, manifest.spec)),
         (add_EmbeddingServiceServicer_to_server, EmbeddingServicer(tiny.stage("embedding"))),
         (add_GatingServiceServicer_to_server, GatingServicer(tiny.stage("gating"))),
         (add_ExpertServiceServicer_to_server, experts),
@@ -104,7 +104,7 @@ async def stages() -> AsyncIterator[Stages]:
 
 def encoded(texts: list[str] = TEXTS) -> Encoded:
     manifest = Manifest.read(tiny.model())
-    return load_tokenizer(tiny.model(), manifest).encode(texts, manifest.spec.context)
+    return load_classifier_tokenizer(tiny.model(), manifest).encode(texts, manifest.spec.context)
 
 
 def tensor(*values: int) -> Tensor:

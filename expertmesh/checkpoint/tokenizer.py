@@ -26,3 +26,15 @@ def load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer | LanguageToke
             f"the tokenizer has {tokenizer.vocab} ids, the embedding only {manifest.spec.embedding.vocab} rows"
         )
     return tokenizer
+
+
+def load_classifier_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+    """Loads the tokenizer of a classifier.
+
+    Raises:
+        BadCheckpoint: As `load_tokenizer`, or it is a language model's.
+    """
+    tokenizer = load_tokenizer(folder, manifest)
+    if not isinstance(tokenizer, Tokenizer):
+        raise BadCheckpoint(f"{folder} holds the tokenizer of a language model, not of a classifier")
+    return tokenizer

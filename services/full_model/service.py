@@ -9,7 +9,7 @@ from time import perf_counter
 
 import torch
 
-from expertmesh.checkpoint.tokenizer import load_tokenizer
+from expertmesh.checkpoint.tokenizer import load_classifier_tokenizer
 from expertmesh.dispatch import Scores
 from expertmesh.errors import InvalidInput, MeshError
 from expertmesh.model.arrays import to_numpy
@@ -41,7 +41,7 @@ class LocalClassifier:
     def __init__(self, stage: Stage, limits: Limits) -> None:
         self._stage = stage
         self._model = stage.loader.full_model()
-        self._tokenizer = load_tokenizer(stage.loader.folder, stage.loader.manifest)
+        self._tokenizer = load_classifier_tokenizer(stage.loader.folder, stage.loader.manifest)
         threads = torch.get_num_threads()
         self._thread = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(threads,))
         self._batcher: Batcher[str, Answer] = Batcher(self._run_pass, limits, len)

@@ -5,21 +5,23 @@ from __future__ import annotations
 from expertmesh import __version__
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.checkpoint.tokenizer import load_tokenizer
-from expertmesh.rpc.server import Program, Servicer, main_guard, run
+from expertmesh.rpc.server import Program, main_guard, run
 from expertmesh.rpc.settings import ModelSettings, read_settings
+from expertmesh.serving.tokenizing import TokenizerServicer
 from expertmesh.telemetry.tracing import Tracing
+from expertmesh.tokenization.tokenizer import Tokenizer
 from expertmesh.v1.description_pb2 import DescribeResponse, Part
-from expertmesh.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
-
-from .service import TokenizerServicer
 
 
 def load(settings: ModelSettings, tracing: Tracing) -> Program:
     """Loads the tokenizer and warms it up."""
     manifest = Manifest.read(settings.model)
     tokenizer = load_tokenizer(settings.model, manifest)
-    tokenizer.encode(["warm-up"], manifest.spec.context)
-    servicer = TokenizerServicer(tokenizer, manifest.spec.context)
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.encode(["warm-up"], manifest.spec.context)
+    else:
+        tokenizer.encode("warm-up")
+    servicer = TokenizerServicer(tokenizer, manifest.spec)
     description = DescribeResponse(
         kind="tokenizer",
         parts=[Part(name=name, digest=manifest.parts[name].digest) for name in manifest.tokenizer_parts()],
@@ -27,8 +29,7 @@ def load(settings: ModelSettings, tracing: Tracing) -> Program:
         device="cpu",
         version=__version__,
     )
-    registration = Servicer("expertmesh.v1.TokenizerService", add_TokenizerServiceServicer_to_server, servicer)
-    return Program([registration], description)
+    return Program([servicer.registration()], description, lifespan=servicer)
 
 
 def main(arguments: list[str]) -> int:
