@@ -194,6 +194,20 @@ def test_of_equal_scores_the_lower_ids_stay() -> None:
     assert alive(level, Sampling(min_p=1)) == list(range(10))
     assert alive(row_of(0, 2, 1, 2, 1, 1), Sampling(top_k=4)) == [1, 2, 3, 4]
     assert one(row_of(0, 2, 1, 2), Sampling(0)).id == 1
+    thirds = torch.arange(2000)[None] % 3 * 0.004  # many, and close: a sort that does not keep their order shows
+    best, next_best = list(range(2, 2000, 3)), list(range(1, 2000, 3))
+    assert alive(thirds, Sampling(top_k=700)) == sorted(best + next_best[: 700 - len(best)])
+    half = alive(thirds, Sampling(top_p=0.5))
+    assert len(best) < len(half) < 1000
+    assert half == sorted(best + next_best[: len(half) - len(best)])
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0.0, 1), (0.25, 2), (0.5, 3), (0.75, 4), (1 - 2.0**-53, 4)])
+def test_a_token_has_its_lower_bound_and_not_its_upper(
+    number: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertmesh.model.sampling.uniform", lambda seed, choice, position: number)
+    assert one(row_of(-1000, 0, 0, 0, 0, -1000), Sampling()).id == expected
 
 
 def test_steps_see_what_the_step_before_has_left() -> None:
