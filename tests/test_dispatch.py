@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from expertmesh.dispatch import (
     Score,
     Scores,
     StageCall,
+    classify,
     combine,
     drive,
     drive_async,
@@ -88,8 +90,14 @@ class ScriptedStages:
 IDS_T, LENGTHS_B = np.array([3, 1, 4, 1, 5, 9, 2]), np.array([4, 3])
 
 
+def shape_of(layers: int = 3, experts: int = 4, residual_multiplier: float = 1.0) -> Any:
+    return SimpleNamespace(
+        layers=layers, router=SimpleNamespace(experts=experts), residual_multiplier=residual_multiplier
+    )
+
+
 def loop(layers: int = 3) -> Any:
-    return layer_loop(layers, 4, IDS_T, LENGTHS_B)
+    return classify(shape_of(layers), IDS_T, LENGTHS_B)
 
 
 # plan_dispatch
@@ -265,7 +273,7 @@ def test_every_stage_is_asked_about_what_the_stage_before_it_gave() -> None:
 @given(st.integers(1, 6), st.data())
 def test_the_loop_is_the_plain_model_token_by_token(experts: int, data: st.DataObject) -> None:
     stages = ScriptedStages(experts, top_k=data.draw(st.integers(1, experts)))
-    drive(layer_loop(2, experts, IDS_T, LENGTHS_B), stages)
+    drive(classify(shape_of(2, experts), IDS_T, LENGTHS_B), stages)
     x_TD = stages.asked[1].x_TD
     for layer, gate in enumerate(call for call in list(stages.asked) if isinstance(call, Gate)):
         assert equal_bits(gate.x_TD, x_TD)

@@ -23,7 +23,7 @@ from expertmesh.model.spec import (
     RouterSpec,
 )
 
-STAGES = ("embedding", "attention", "router", "expert", "head", "norm")
+STAGES = ("embedding", "attention", "router", "expert", "head", "norm", "rotary", "dense")
 
 sizes = st.integers(1, 10_000)
 
@@ -53,13 +53,44 @@ def plain() -> dict[str, Any]:
         "width": 48,
         "layers": 2,
         "context": 128,
-        "embedding": {"vocab": 100, "bigram_buckets": 64, "bigram_width": 8},
-        "attention": {"heads": 4, "kind": "bidirectional"},
-        "router": {"experts": 8, "top_k": 2, "score": "softmax", "renormalise": True},
-        "expert": {"width": 40, "activation": "swiglu"},
-        "head": {"labels": ["world", "sports"], "pool": "mean_max", "kind": "classifier"},
+        "embedding": {
+            "vocab": 100, "bigram_buckets": 64, "bigram_width": 8, "learned_positions": True, "multiplier": 1.0,
+        },
+        "attention": {
+            "heads": 4, "kind": "bidirectional", "kv_heads": 0, "head_width": 0, "value_width": 0, "scale": 0.0,
+            "windows": [], "sinks": False, "qk_norm": "none", "clip": 0.0, "qkv_bias": False, "out_bias": False,
+            "query_rank": 0, "latent_rank": 0, "latent_eps": 1e-6,
+        },
+        "router": {
+            "experts": 8, "top_k": 2, "score": "softmax", "renormalise": True, "bias": False, "selection_bias": False,
+            "groups": 1, "kept_groups": 1, "group_score": "max", "scale": 1.0, "jitter": 0.01,
+        },
+        "expert": {"width": 40, "activation": "swiglu", "limit": 7.0, "alpha": 1.702, "bias": False},
+        "head": {
+            "labels": ["world", "sports"], "pool": "mean_max", "kind": "classifier", "divisor": 1.0, "bias": False,
+            "end_ids": [],
+        },
         "norm": {"eps": 1e-5, "kind": "layernorm"},
-    }
+        "rotary": {"frequencies": [], "interleaved": False, "magnitude": 1.0},
+        "dense": {"layers": [], "width": 0, "shared_width": 0, "shared_gate": False},
+        "residual_multiplier": 1.0,
+        "dtype": "float32",
+    }  # fmt: skip
+
+
+def decoder(**stages: Any) -> dict[str, Any]:
+    """A language model; `stages` replace entries of its tables, or the tables."""
+    values = plain()
+    values["attention"] |= {"kind": "grouped", "kv_heads": 2, "head_width": 12}
+    values["embedding"] = {"vocab": 100, "learned_positions": False}
+    values["head"] = {"kind": "language", "end_ids": [7]}
+    for name, entry in stages.items():
+        values[name] = values[name] | entry if isinstance(entry, dict) else entry
+    return values
+
+
+def latent(**attention: Any) -> dict[str, Any]:
+    return decoder(attention={"kind": "latent", "value_width": 9, "latent_rank": 16, **attention})
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
@@ -98,11 +129,12 @@ def test_plain_values_hold_nothing_but_what_json_knows() -> None:
 
 def test_what_has_a_default_may_be_left_out() -> None:
     values = plain()
-    del values["norm"], values["embedding"]["bigram_buckets"], values["embedding"]["bigram_width"]
-    for stage, key in (("attention", "kind"), ("router", "score"), ("expert", "activation"), ("head", "pool")):
-        del values[stage][key]
-    spec = ModelSpec.from_dict(values)
-    assert (spec.norm, spec.embedding.bigram_buckets, spec.head.pool) == (NormSpec(), 0, "mean_max")
+    for key in ("norm", "rotary", "dense", "residual_multiplier", "dtype"):
+        del values[key]
+    values["embedding"] = {"vocab": 100, "bigram_buckets": 64, "bigram_width": 8}
+    values["attention"], values["expert"], values["head"] = {"heads": 4}, {"width": 40}, {"labels": ["world", "sports"]}
+    values["router"] = {"experts": 8}
+    assert ModelSpec.from_dict(values).to_dict() == plain()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -165,7 +197,7 @@ def test_sizes_that_do_not_fit_together_are_refused_by_name(path: str, value: An
     "path",
     [
         "width", "layers", "context", "embedding", "attention", "router", "expert", "head",
-        "embedding.vocab", "attention.heads", "expert.width", "head.labels",
+        "embedding.vocab", "attention.heads", "expert.width",
     ],
 )  # fmt: skip
 def test_a_missing_key_is_refused_by_name(path: str) -> None:

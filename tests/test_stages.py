@@ -13,17 +13,13 @@ from torch.nn import functional
 
 from expertmesh.dispatch import ApplyExperts, Gate, Gated, Scores, plan_dispatch
 from expertmesh.model import invariant
+from expertmesh.model.attention import gating_stage
+from expertmesh.model.embedding import BIGRAM_MULTIPLIER, FIRST_TOKEN_PREDECESSOR, EmbeddingStage
 from expertmesh.model.full import FullModel
+from expertmesh.model.head import ClassifierStage
+from expertmesh.model.layers import GatedMLP
 from expertmesh.model.sequences import Sequences
 from expertmesh.model.spec import AttentionSpec, EmbeddingSpec, ExpertSpec, HeadSpec, ModelSpec, RouterSpec
-from expertmesh.model.stages import (
-    BIGRAM_MULTIPLIER,
-    FIRST_TOKEN_PREDECESSOR,
-    ClassifierStage,
-    EmbeddingStage,
-    Expert,
-    GatingStage,
-)
 
 VOCAB, CONTEXT = 300, 128
 
@@ -276,7 +272,7 @@ def test_without_bigrams_a_row_is_its_token_and_its_position() -> None:
 @given(lengths_lists, st.integers(1, 8), st.booleans(), st.integers(0, 99))
 def test_routes_ascend_are_distinct_and_weigh_one(lengths: list[int], top_k: int, renormalise: bool, seed: int) -> None:
     spec = replace(SMALL, router=RouterSpec(experts=8, top_k=top_k, renormalise=renormalise))
-    stage = seeded(lambda: GatingStage(spec))
+    stage = seeded(lambda: gating_stage(spec, 0))
     gated: Gated = stage(normal(sum(lengths), spec.width, seed=seed), Sequences(torch.tensor(lengths)))
     ids_TK, weights_TK = gated.expert_ids_TK, gated.weights_TK
     assert ids_TK.shape == weights_TK.shape == (sum(lengths), top_k)
@@ -292,7 +288,7 @@ def test_routes_ascend_are_distinct_and_weigh_one(lengths: list[int], top_k: int
 
 
 def test_the_best_experts_are_chosen_with_the_weights_of_their_scores() -> None:
-    stage = seeded(lambda: GatingStage(SMALL))
+    stage = seeded(lambda: gating_stage(SMALL, 0))
     logits_TE = torch.tensor([[0.0, 3, 1, -2, 2, 0, 0, 0], [5.0, 0, 0, 0, 0, 0, 0, 4]])
     ids_TK, weights_TK = stage.route(logits_TE)
     assert ids_TK.tolist() == [[1, 4], [0, 7]]
@@ -302,7 +298,7 @@ def test_the_best_experts_are_chosen_with_the_weights_of_their_scores() -> None:
 @few(30)
 @given(lengths_lists, st.integers(0, 99))
 def test_gating_gives_every_token_the_same_bits_and_routes_in_any_batch(lengths: list[int], seed: int) -> None:
-    stage = seeded(lambda: GatingStage(SMALL))
+    stage = seeded(lambda: gating_stage(SMALL, 0))
     x_TD = normal(sum(lengths), SMALL.width, seed=seed)
     alone = [stage(rows_TD, Sequences(torch.tensor([len(rows_TD)]))) for rows_TD in x_TD.split(lengths)]
     together = stage(x_TD, Sequences(torch.tensor(lengths)))
@@ -323,7 +319,7 @@ def test_gating_gives_every_token_the_same_bits_and_routes_in_any_batch(lengths:
 )
 def test_an_expert_is_a_pure_function_of_each_row(count: int, seed: int, threads: int, switch: str) -> None:
     spec = SWITCHES[switch]
-    expert = seeded(lambda: Expert(spec))
+    expert = seeded(lambda: GatedMLP(spec.width, spec.expert))
     rows_ND = normal(200, spec.width)
     torch.set_num_threads(1)
     wanted = expert(rows_ND)
