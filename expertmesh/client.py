@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,14 +19,21 @@ from expertmesh.v1.inference_pb2 import (
     ROUTE_UNSPECIFIED,
     ClassifyRequest,
     ClassifyResponse,
+    CompleteRequest,
+    CompleteResponse,
     Contract,
+    GenerateRequest,
+    GenerateResponse,
     Route,
+    TokenizeRequest,
+    TokenizeResponse,
 )
 from expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
 from expertmesh.v1.inspection_pb2 import InspectRequest, InspectResponse
 from expertmesh.v1.inspection_pb2_grpc import InspectionServiceStub
 
 DEFAULT_TIMEOUT_S = 30.0
+GENERATE_TIMEOUT_S = 600.0
 
 
 class Client:
@@ -34,14 +41,15 @@ class Client:
 
     Args:
         address: Its gRPC address.
-        timeout_s: Deadline of each call, in seconds.
+        timeout_s: Deadline of each call, in seconds; by default 30, and 600 for one that generates.
 
     Raises:
         MeshError: From every call, as `expertmesh.errors` tells.
     """
 
-    def __init__(self, address: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, address: str, timeout_s: float | None = None) -> None:
+        self._timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
+        self._generate_timeout_s = GENERATE_TIMEOUT_S if timeout_s is None else timeout_s
         self._channel = open_channel(address)
         self._inference = InferenceServiceStub(self._channel)
         self._inspection = InspectionServiceStub(self._channel)
@@ -73,6 +81,30 @@ class Client:
             raise InvalidInput("texts must be strings that are valid Unicode", "texts") from None
         return await self._call(self._inference.Classify, request)  # type: ignore[no-any-return]
 
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateResponse, None]:
+        """Generates token by token.
+
+        The mesh stops working for it when the generator is closed, so close one that is left before its end:
+        `async with contextlib.aclosing(client.generate(request)) as messages: ...`.
+        """
+        call = self._inference.Generate(request, timeout=self._generate_timeout_s)
+        try:
+            async for message in call:
+                yield _parsed(message)
+        except grpc.aio.AioRpcError as error:
+            raise from_call(error, "the gateway") from None
+        finally:
+            call.cancel()  # gRPC does not do it for a stream that nobody reads any more
+
+    async def complete(self, request: GenerateRequest) -> CompleteResponse:
+        """Generates, and answers when all is done."""
+        wrapped = CompleteRequest(request=request)
+        return await self._call(self._inference.Complete, wrapped, self._generate_timeout_s)  # type: ignore[no-any-return]
+
+    async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
+        """Gives the ids of a prompt, as `generate` would see them."""
+        return await self._call(self._inference.Tokenize, request)  # type: ignore[no-any-return]
+
     async def inspect(self, text: str, route: Route) -> InspectResponse:
         """Gives hidden states, routes and logits of one text; the program must have inspection switched on."""
         return await self._call(self._inspection.Inspect, InspectRequest(text=text, route=route))  # type: ignore[no-any-return]
@@ -81,11 +113,14 @@ class Client:
         """Gives what the program holds."""
         return await self._call(self._description.Describe, DescribeRequest())  # type: ignore[no-any-return]
 
-    async def _call(self, method: Any, request: Any) -> Any:
+    async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:
-            reply = await method(request, timeout=self._timeout_s)
+            return _parsed(await method(request, timeout=timeout_s or self._timeout_s))
         except grpc.aio.AioRpcError as error:
             raise from_call(error, "the gateway") from None
-        if reply is None:  # what gRPC gives for a message that it cannot parse
-            raise CorruptReply("the gateway gave a reply that cannot be parsed")
-        return reply
+
+
+def _parsed(reply: Any) -> Any:
+    if reply is None:  # what gRPC gives for a message that it cannot parse
+        raise CorruptReply("the gateway gave a reply that cannot be parsed")
+    return reply

@@ -18,6 +18,7 @@ VERBS = {
     "down": "Stop the mesh that `up` started.",
     "status": "Show the services of the running mesh, their health and load.",
     "classify": "Classify texts.",
+    "generate": "Continue a prompt.",
     "verify": "Compare mesh and full model bit by bit.",
     "eval": "Measure accuracy on labelled data.",
     "demo": "Start a mesh, classify a file through both routes, compare, stop.",

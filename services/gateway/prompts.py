@@ -1,0 +1,87 @@
+"""Prompts as clients of OpenAI write them: texts, token ids, and messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from expertmesh.v1.inference_pb2 import GenerateRequest
+from expertmesh.v1.tokenizer_pb2 import Chat, ChatMessage
+
+from .fields import Fields
+
+MAX_PROMPTS = 64
+MAX_PROMPT_IDS = 2**20
+MAX_MESSAGES = 4096
+
+
+def read_prompts(fields: Fields, context: int) -> list[GenerateRequest]:
+    """The field `prompt`: a string, a list of strings, a list of token ids, or a list of such lists.
+
+    Args:
+        fields: What to take it from.
+        context: Most ids that a prompt may have; 0 if that is not known here.
+
+    Raises:
+        InvalidInput: It is none of these, or too many or too long.
+    """
+    value = fields.take("prompt")
+    if isinstance(value, str):
+        return [GenerateRequest(text=fields.checked_string(value, "prompt"))]
+    if not isinstance(value, list) or not value:
+        raise fields.error("prompt", "must be a string, a list of strings, token ids, or a list of lists of token ids")
+    if type(value[0]) is int:
+        return [_of_ids(fields, value, "prompt", context)]
+    if len(value) > MAX_PROMPTS:
+        raise fields.error("prompt", f"has {len(value)} entries; at most {MAX_PROMPTS}")
+    return [_of_entry(fields, entry, f"prompt[{index}]", context) for index, entry in enumerate(value)]
+
+
+def read_chat(fields: Fields) -> Chat:
+    """The field `messages`: each with a role and a content, which is a text or a list of parts that are texts.
+
+    The texts of parts are put together as they are, with nothing in between.
+
+    Raises:
+        InvalidInput: They are not like that, none, or too many.
+    """
+    value = fields.take("messages")
+    if not isinstance(value, list) or not value:
+        raise fields.error("messages", 'must be a list of {"role": "...", "content": "..."}')
+    if len(value) > MAX_MESSAGES:
+        raise fields.error("messages", f"has {len(value)} entries; at most {MAX_MESSAGES}")
+    return Chat(messages=[_read_message(fields, entry, f"messages[{index}]") for index, entry in enumerate(value)])
+
+
+def _of_entry(fields: Fields, entry: Any, name: str, context: int) -> GenerateRequest:
+    if isinstance(entry, list):
+        return _of_ids(fields, entry, name, context)
+    return GenerateRequest(text=fields.checked_string(entry, name))
+
+
+def _of_ids(fields: Fields, value: list[Any], name: str, context: int) -> GenerateRequest:
+    request = GenerateRequest()
+    if not value:
+        raise fields.error(name, "has no token")
+    request.ids.ids.extend(fields.checked_ids(value, name, context or MAX_PROMPT_IDS))
+    return request
+
+
+def _read_message(fields: Fields, entry: Any, name: str) -> ChatMessage:
+    if not isinstance(entry, dict):
+        raise fields.error(name, "must be an object with role and content")
+    message = Fields(entry, f"{name}.")
+    role, content = message.string("role"), message.take("content")
+    if not role:
+        raise message.error("role", "must be a string such as user")
+    if isinstance(content, list):
+        content = "".join(_read_part(message, part, f"content[{index}]") for index, part in enumerate(content))
+    message.end()
+    return ChatMessage(role=role, content=message.checked_string(content, "content"))
+
+
+def _read_part(message: Fields, part: Any, name: str) -> str:
+    if not isinstance(part, dict):
+        raise message.error(name, "must be an object with type and text")
+    if part.get("type") != "text":
+        raise message.error(f"{name}.type", 'must be "text": the model reads nothing else')
+    return message.checked_string(part.get("text"), f"{name}.text")
