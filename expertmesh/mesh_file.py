@@ -16,6 +16,7 @@ One TOML file that `expertmesh up` writes, the gateway reads, and containers are
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,13 @@ def _service(table: dict[str, Any]) -> Service:
     return Service(**plain)
 
 
-def parse_experts(patterns: tuple[str, ...], layers: int, experts: int) -> list[tuple[int, int]]:
+def parse_experts(patterns: Sequence[str], layers: Sequence[int], experts: int) -> list[tuple[int, int]]:
     """The (layer, expert) pairs that patterns like `0:3`, `*:3` or `*:*` stand for, ascending.
+
+    Args:
+        patterns: Of an expert service.
+        layers: The layers that have experts.
+        experts: Experts of such a layer.
 
     Raises:
         SetupError: A pattern is malformed, or names a layer or an expert that the model does not have.
@@ -123,13 +129,17 @@ def parse_experts(patterns: tuple[str, ...], layers: int, experts: int) -> list[
     pairs: set[tuple[int, int]] = set()
     for pattern in patterns:
         layer, _, expert = pattern.partition(":")
-        pairs.update((i, j) for i in _range(layer, layers, pattern) for j in _range(expert, experts, pattern))
+        pairs.update((i, j) for i in _named(layer, layers, pattern) for j in _named(expert, range(experts), pattern))
     return sorted(pairs)
 
 
-def _range(value: str, size: int, pattern: str) -> range:
+def _named(value: str, known: Sequence[int], pattern: str) -> Sequence[int]:
     if value == "*":
-        return range(size)
-    if not value.isascii() or not value.isdecimal() or int(value) >= size:
-        raise SetupError(f"experts: {pattern!r} is not LAYER:EXPERT with numbers below {size}, or *")
-    return range(int(value), int(value) + 1)
+        return known
+    if not value.isascii() or not value.isdecimal() or int(value) not in known:
+        raise SetupError(f"experts: {pattern!r} is not LAYER:EXPERT of this model's {_told(known)}, or *")
+    return [int(value)]
+
+
+def _told(known: Sequence[int]) -> str:
+    return f"{known[0]} to {known[-1]}" if known else "none"

@@ -15,6 +15,7 @@ from expertmesh.rpc.settings import parse_address, parse_host_port
 
 MESH_FILE = "mesh.toml"
 START_TIMEOUT_S = 120.0
+EXPERT_SERVICES = 8  # so many are sensible on any machine
 WITHOUT_TORCH = ("tokenizer", "gateway")
 
 
@@ -25,7 +26,8 @@ class Options:
     Attributes:
         grpc: Address of the gateway's gRPC side; port 0 takes a free one.
         http: Address of its HTTP side, likewise.
-        expert_services: Over how many services the experts are spread; 0 gives each expert its own.
+        expert_services: Over how many services the experts are spread; 0 gives each expert its own, where the machine
+            has so many cores, or there are no more than `EXPERT_SERVICES`.
         replicas: Replicas by service name or kind; 1 where nothing is said.
         devices: Device by service name or kind; `cpu` where nothing is said.
         inspect: Whether gateway and full model offer InspectionService.
@@ -114,7 +116,7 @@ def plan_mesh(model: Path, manifest: Manifest, folder: Path, options: Options) -
 def _layout(manifest: Manifest, options: Options) -> list[tuple[str, str, tuple[str, ...]]]:
     """(name, kind, experts) of every service but the gateway, in the order of a request."""
     experts = manifest.spec.router.experts
-    groups = options.expert_services or experts
+    groups = options.expert_services or min(experts, max(EXPERT_SERVICES, os.cpu_count() or 1))
     if not 1 <= groups <= experts:
         raise SetupError(f"{experts} experts cannot be spread over {groups} services")
     layout: list[tuple[str, str, tuple[str, ...]]] = [(kind, kind, ()) for kind in ("tokenizer", "embedding", "gating")]
@@ -149,7 +151,7 @@ def _process(
         arguments += [f"--experts={','.join(service.experts)}", f"--faults={options.faults}"]
     if service.kind == "full_model":
         arguments.append(f"--threads={os.cpu_count() or 1}")
-    if service.kind in ("gateway", "full_model"):
+    if service.kind in ("gateway", "full_model", "classifier"):
         arguments.append(f"--inspect={options.inspect}")
     return Process(name, service.name, service.kind, address, arguments)
 

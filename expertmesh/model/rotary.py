@@ -21,6 +21,7 @@ class Rotary:
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         rotary = spec.rotary
+        self.device = device
         self.interleaved = rotary.interleaved
         self.width = 2 * len(rotary.frequencies)
         frequencies_R = np.array(rotary.frequencies, np.float32)

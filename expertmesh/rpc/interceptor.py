@@ -1,4 +1,4 @@
-"""What happens around every unary call: parsing, timing, counting, and turning errors into statuses.
+"""What happens around every call: parsing, timing, counting, and turning errors into statuses.
 
 A caller never sees exception text: errors of our tree become their status, anything else INTERNAL with an id that
 the log knows too.
@@ -10,7 +10,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -23,14 +24,14 @@ from expertmesh.rpc.errors import DETAILS_KEY, code_of, details_of, text_of
 from expertmesh.telemetry import metrics
 from expertmesh.telemetry.logging import event
 
-Handler = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
+OURS = "/expertmesh."
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every unary method. Streams (health watch, reflection) pass through untouched.
+    """Wraps every unary method and our own streams of replies. Those of health and reflection pass through untouched.
 
     Attributes:
-        origin: Trailing metadata of every reply, which says what process gave it.
+        origin: Trailing metadata of every reply, of a stream initial metadata, which says what process gave it.
     """
 
     def __init__(self) -> None:
@@ -43,49 +44,66 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         """Gives the handler that runs instead of the registered one."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming or handler.response_streaming:
+        method = handler_call_details.method
+        if handler is None or handler.request_streaming:
             return handler
-        return grpc.unary_unary_rpc_method_handler(
-            self._guarded(handler_call_details.method, handler.unary_unary, handler.request_deserializer),
-            request_deserializer=None,
-            response_serializer=handler.response_serializer,
-        )
+        if not handler.response_streaming:
+            return self._unary(method, handler)
+        return self._stream(method, handler) if method.startswith(OURS) else handler
 
-    def _guarded(self, method: str, run: Handler, parse: Callable[[bytes], Any]) -> Handler:
+    def _unary(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         async def guarded(data: bytes, context: grpc.aio.ServicerContext) -> Any:
-            started_s = time.monotonic()
-            code = grpc.StatusCode.OK
-            id_of_request = request_id.enter(context.invocation_metadata() or ())
-            try:
-                reply = await run(_parsed(data, parse), context)
+            async with self._around(method, context):
+                reply = await handler.unary_unary(_parsed(data, handler.request_deserializer), context)
                 if self.origin:
                     context.set_trailing_metadata(self.origin)
                 return reply
-            except MeshError as error:
-                code = code_of(error)
-                if code is grpc.StatusCode.INTERNAL:  # one that does not belong on the wire
-                    await _abort_internal(method, context)
-                await context.abort(code, text_of(error), ((DETAILS_KEY, details_of(error)),))
-            except grpc.aio.AbortError:
-                code = context.code() or grpc.StatusCode.UNKNOWN
-                raise
-            except asyncio.CancelledError:
-                code = grpc.StatusCode.CANCELLED
-                raise
-            except TimeoutError:
-                code = grpc.StatusCode.DEADLINE_EXCEEDED
-                late = DeadlineExceeded("the deadline has passed")
-                await context.abort(code, str(late), ((DETAILS_KEY, details_of(late)),))
-            except Exception:
-                code = grpc.StatusCode.INTERNAL
-                await _abort_internal(method, context)
-            finally:
-                metrics.RPCS.labels(method, code.name).inc()
-                took_s = time.monotonic() - started_s
-                metrics.RPC_SECONDS.labels(method).observe(took_s)
-                event("call", level=logging.DEBUG, method=method, code=code.name, seconds=took_s, request=id_of_request)
 
-        return guarded
+        return grpc.unary_unary_rpc_method_handler(guarded, None, handler.response_serializer)
+
+    def _stream(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        async def guarded(data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async with self._around(method, context):
+                if self.origin:
+                    await context.send_initial_metadata(self.origin)  # with a stream it is needed before the end
+                request = _parsed(data, handler.request_deserializer)
+                async with aclosing(handler.unary_stream(request, context)) as replies:
+                    async for reply in replies:
+                        yield reply
+
+        return grpc.unary_stream_rpc_method_handler(guarded, None, handler.response_serializer)
+
+    @asynccontextmanager
+    async def _around(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        """Times and counts a call, and turns what it raises into its status."""
+        started_s = time.monotonic()
+        code = grpc.StatusCode.OK
+        id_of_request = request_id.enter(context.invocation_metadata() or ())
+        try:
+            yield
+        except MeshError as error:
+            code = code_of(error)
+            if code is grpc.StatusCode.INTERNAL:  # one that does not belong on the wire
+                await _abort_internal(method, context)
+            await context.abort(code, text_of(error), ((DETAILS_KEY, details_of(error)),))
+        except grpc.aio.AbortError:
+            code = context.code() or grpc.StatusCode.UNKNOWN
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except TimeoutError:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED
+            late = DeadlineExceeded("the deadline has passed")
+            await context.abort(code, str(late), ((DETAILS_KEY, details_of(late)),))
+        except Exception:
+            code = grpc.StatusCode.INTERNAL
+            await _abort_internal(method, context)
+        finally:
+            metrics.RPCS.labels(method, code.name).inc()
+            took_s = time.monotonic() - started_s
+            metrics.RPC_SECONDS.labels(method).observe(took_s)
+            event("call", level=logging.DEBUG, method=method, code=code.name, seconds=took_s, request=id_of_request)
 
 
 async def _abort_internal(method: str, context: grpc.aio.ServicerContext) -> None:

@@ -7,7 +7,7 @@ happens is told as events; whoever wants to count or log them subscribes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
@@ -127,6 +127,32 @@ class Replica:
             return read(reply, origin)
         except MeshError as error:
             raise CorruptReply(str(error)) from None
+
+    async def stream(
+        self, method: str, request: Any, timeout_s: float, read: Callable[[Any], Iterable[ReplyT]]
+    ) -> AsyncGenerator[ReplyT, None]:
+        """Calls it once for a stream of replies; see `ReplicaSet.stream`.
+
+        Raises:
+            Unavailable: It is gone.
+            CorruptReply: A reply cannot be right.
+            MeshError: It refused the call.
+        """
+        self.calls_under_way += 1
+        call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=request_id.to_metadata())
+        try:
+            async for reply in call:
+                _require_message(reply)
+                origin = Origin.of_metadata(await call.initial_metadata())
+                if origin.model_digest != self.description.model_digest:
+                    raise CorruptReply("it comes from a process of another model")
+                for item in read(reply):
+                    yield item
+        except grpc.aio.AioRpcError as error:
+            raise from_call(error, self.service) from None
+        finally:
+            self.calls_under_way -= 1
+            call.cancel()  # a stream that nobody reads any more is not ended by itself
 
     def lose(self, reason: str) -> None:
         """Takes it out of the traffic until it describes itself again."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
 from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -85,7 +86,12 @@ class ReplicaSet:
         return Unavailable(f"no replica of {self.name} answers ({told})", self.name)
 
     async def call(
-        self, method: str, request: Any, deadline: Deadline, read: Callable[[Any, Origin], ReplyT]
+        self,
+        method: str,
+        request: Any,
+        deadline: Deadline,
+        read: Callable[[Any, Origin], ReplyT],
+        at: Replica | None = None,
     ) -> ReplyT:
         """Calls one replica, and others if that is lost or answers wrongly.
 
@@ -95,6 +101,7 @@ class ReplicaSet:
             deadline: When the answer is of no use any more.
             read: Checks and reads the reply of whoever gave it; raises CorruptReply or InvalidInput if it cannot be
                 right.
+            at: The only replica to ask, for calls that are about what it has in memory.
 
         Raises:
             Unavailable: No replica answered.
@@ -105,10 +112,40 @@ class ReplicaSet:
 
         def is_worth_another(state: RetryCallState) -> bool:
             error = state.outcome.exception() if state.outcome else None
-            return isinstance(error, Unavailable | CorruptReply) and self._pick(tried) is not None
+            return isinstance(error, Unavailable | CorruptReply) and self._pick(tried, at) is not None
 
         retrying = AsyncRetrying(retry=is_worth_another, wait=wait_none(), reraise=True, stop=lambda _: False)
-        return await retrying(self._attempt, method, request, deadline, read, tried)
+        return await retrying(self._attempt, method, request, deadline, read, tried, at)
+
+    async def stream(
+        self, method: str, request: Any, deadline: Deadline, read: Callable[[Any], Iterable[ReplyT]]
+    ) -> AsyncGenerator[ReplyT, None]:
+        """Calls one replica for a stream of replies; whoever asks knows how to go on elsewhere.
+
+        Args:
+            method: Name of the RPC.
+            request: Its message.
+            deadline: When the answer is of no use any more.
+            read: Checks and reads a reply; raises CorruptReply if it cannot be right.
+
+        Raises:
+            Unavailable: There is no replica, or it is gone.
+            CorruptReply: It answered wrongly.
+            MeshError: It refused the call.
+        """
+        replica = self._pick(Counter())
+        if replica is None:
+            raise self.unavailable()
+        replica.last_turn = next(self._turns)
+        try:
+            async with aclosing(replica.stream(method, request, deadline.next_hop_s(), read)) as replies:
+                async for reply in replies:
+                    yield reply
+        except Unavailable as error:
+            replica.lose(str(error))
+            raise
+        except CorruptReply as error:
+            raise self._wrong(replica, error) from None
 
     async def _attempt(
         self,
@@ -117,8 +154,9 @@ class ReplicaSet:
         deadline: Deadline,
         read: Callable[[Any, Origin], ReplyT],
         tried: Counter[str],
+        at: Replica | None,
     ) -> ReplyT:
-        replica = self._pick(tried)
+        replica = self._pick(tried, at)
         if replica is None:
             raise self.unavailable()
         if tried:
@@ -134,7 +172,7 @@ class ReplicaSet:
         except CorruptReply as error:
             raise self._wrong(replica, error) from None
         except (InvalidInput, WrongPart, Overloaded) as error:
-            if self._refusals_are_faults:
+            if self._refusals_are_faults and at is None:
                 raise self._wrong(replica, error) from None
             raise
 
@@ -142,6 +180,6 @@ class ReplicaSet:
         replica.refuse(str(error))
         return CorruptReply(f"{self.name} gave a reply that cannot be right: {error}")
 
-    def _pick(self, tried: Counter[str]) -> Replica | None:
-        left = [replica for replica in self.live if tried[replica.address] < replica.attempts]
+    def _pick(self, tried: Counter[str], at: Replica | None = None) -> Replica | None:
+        left = [one for one in self.live if tried[one.address] < one.attempts and (at is None or one is at)]
         return min(left, key=lambda one: (tried[one.address], one.calls_under_way, one.last_turn), default=None)

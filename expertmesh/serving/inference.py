@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Protocol
 
 import grpc.aio
 
-from expertmesh.errors import InvalidInput
+from expertmesh.errors import InvalidInput, WrongPart
 from expertmesh.model.spec import ModelSpec
 from expertmesh.rpc import request_id as request_ids
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.server import Servicer
+from expertmesh.serving.generator import Generator
 from expertmesh.serving.passes import Answer
-from expertmesh.serving.requests import DEFAULT_TIMEOUT_S, check_classify
+from expertmesh.serving.requests import DEFAULT_TIMEOUT_S, GENERATE_TIMEOUT_S, check_classify
 from expertmesh.telemetry import metrics
 from expertmesh.telemetry.logging import event
 from expertmesh.v1 import inference_pb2, inference_pb2_grpc
-from expertmesh.v1.inference_pb2 import ClassifyRequest, ClassifyResponse, Contract, Route, StageTiming
+from expertmesh.v1.inference_pb2 import (
+    ClassifyRequest,
+    ClassifyResponse,
+    CompleteRequest,
+    CompleteResponse,
+    Contract,
+    GenerateRequest,
+    GenerateResponse,
+    Route,
+    StageTiming,
+    TokenizeRequest,
+    TokenizeResponse,
+)
 
 
 class Classifier(Protocol):
@@ -35,12 +49,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     Args:
         spec: The model.
-        classifier: What answers.
+        classifier: What answers, of a model that classifies.
+        generator: What answers, of a model that generates.
     """
 
-    def __init__(self, spec: ModelSpec, classifier: Classifier) -> None:
+    def __init__(
+        self, spec: ModelSpec, classifier: Classifier | None = None, generator: Generator | None = None
+    ) -> None:
         self._spec = spec
         self._classifier = classifier
+        self._generator = generator
 
     def registration(self) -> Servicer:
         """How this is added to a server."""
@@ -51,6 +69,51 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Classifies a batch of texts."""
         return await self.answer(request, Deadline.of_call(context, DEFAULT_TIMEOUT_S))
 
+    async def Generate(
+        self, request: GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[GenerateResponse, None]:
+        """Generates, token by token."""
+        async with aclosing(self.generate(request, Deadline.of_call(context, GENERATE_TIMEOUT_S))) as messages:
+            async for message in messages:
+                yield message
+
+    async def Complete(self, request: CompleteRequest, context: grpc.aio.ServicerContext) -> CompleteResponse:
+        """Generates, and answers when all is done."""
+        return await self.complete(request.request, Deadline.of_call(context, GENERATE_TIMEOUT_S))
+
+    async def Tokenize(self, request: TokenizeRequest, context: grpc.aio.ServicerContext) -> TokenizeResponse:
+        """Gives the ids of a prompt."""
+        return await self.tokenize(request, Deadline.of_call(context, DEFAULT_TIMEOUT_S))
+
+    async def generate(self, request: GenerateRequest, deadline: Deadline) -> AsyncGenerator[GenerateResponse, None]:
+        """Generates, whichever protocol the request came by; closing the iterator frees whatever it holds.
+
+        Raises:
+            WrongPart: The model classifies.
+            InvalidInput: The request is at fault.
+            MeshError: It could not be served, or not to its end.
+        """
+        async with aclosing(self._generating().generate(request, deadline)) as messages:
+            async for message in messages:
+                yield message
+
+    async def complete(self, request: GenerateRequest, deadline: Deadline) -> CompleteResponse:
+        """The same, whole."""
+        return await self._generating().complete(request, deadline)
+
+    async def tokenize(self, request: TokenizeRequest, deadline: Deadline) -> TokenizeResponse:
+        """The ids of a prompt, as `generate` would see them."""
+        return await self._generating().tokenize(request, deadline)
+
+    async def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of every single token."""
+        return await self._generating().texts(ids, Deadline.after(DEFAULT_TIMEOUT_S))
+
+    def _generating(self) -> Generator:
+        if self._generator is None:
+            raise WrongPart("this model classifies texts and does not generate; use Classify")
+        return self._generator
+
     async def answer(self, request: ClassifyRequest, deadline: Deadline) -> ClassifyResponse:
         """Answers a request, whichever protocol it came by.
 
@@ -58,6 +121,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             InvalidInput: The request is at fault.
             MeshError: It could not be answered.
         """
+        if self._classifier is None:
+            raise WrongPart("this model generates text and does not classify; use Generate")
         check_classify(request)
         request_id = request_ids.current_or_new()
         answers = await self._classifier.classify(request.texts, request.contract, request.route, deadline)

@@ -31,6 +31,7 @@ MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 100
 MAX_PENALTY = 100
 DEFAULT_TIMEOUT_S = 30.0
+GENERATE_TIMEOUT_S = 600.0
 
 
 def check_classify(request: ClassifyRequest) -> None:
@@ -70,6 +71,8 @@ def check_generate(request: GenerateRequest, spec: ModelSpec) -> None:
             raise InvalidInput("there is no prompt: give text, ids or chat", "prompt")
     _require(not request.HasField("max_tokens") or request.max_tokens >= 1, "max_tokens", "must be at least 1")
     _require(not request.HasField("n") or 1 <= request.n <= MAX_CHOICES, "n", f"must be in [1, {MAX_CHOICES}]")
+    last_choice = request.first_choice + (request.n if request.HasField("n") else 1)
+    _require(request.first_choice >= 0 and last_choice <= MAX_CHOICES, "first_choice", "is out of its range")
     _require(0 <= request.logprobs <= MAX_LOGPROBS, "logprobs", f"must be in [0, {MAX_LOGPROBS}]")
     check_sampling(sampling_of(request, 0))
     for index, text in enumerate(request.stop):

@@ -26,6 +26,18 @@ FALLBACKS = Counter(
     "expertmesh_fallbacks", "Calls that left the mesh route, by the stage that did not answer.", ["stage"]
 )
 PASS_TEXTS = Histogram("expertmesh_pass_texts", "Texts that shared a pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
+KV_BLOCKS = Gauge("expertmesh_kv_blocks", "Blocks of the KV cache: total and used.", ["state"])
+KV_SEQUENCES = Gauge("expertmesh_kv_sequences", "Sequences that hold blocks of the KV cache.")
+GENERATIONS = Gauge("expertmesh_generations", "Sequences that generate, by whether they wait or run.", ["state"])
+GENERATED_TOKENS = Counter("expertmesh_generated_tokens", "Tokens generated, by the route that served them.", ["route"])
+REBUILDS = Counter("expertmesh_rebuilds", "Sequences computed anew, since what was cached of them was lost.")
+FIRST_TOKEN_SECONDS = Histogram(
+    "expertmesh_first_token_seconds", "From a prompt's arrival to its first token.", buckets=SECONDS
+)
+NEXT_TOKEN_SECONDS = Histogram("expertmesh_next_token_seconds", "From one token to the next.", buckets=SECONDS)
+STEP_ROWS = Histogram(
+    "expertmesh_step_rows", "Token rows that shared a step.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+)
 REPLICA_EVENTS = Counter("expertmesh_replica_events", "What happened to replicas.", ["service", "event"])
 REPLICAS_LIVE = Gauge("expertmesh_replicas_live", "Replicas that are verified and answer.", ["service"])
 

@@ -6,7 +6,6 @@ import grpc.aio
 import numpy as np
 
 from expertmesh import wire
-from expertmesh.errors import InvalidInput
 from expertmesh.model.arrays import to_numpy
 from expertmesh.serving.stage import Stage
 from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
@@ -25,10 +24,8 @@ class EmbeddingServicer(EmbeddingServiceServicer):
     async def Embed(self, request: EmbedRequest, context: grpc.aio.ServicerContext) -> EmbedResponse:
         """Embeds the tokens of a batch of sequences."""
         spec = self._stage.spec
-        ids_T = wire.decode(request.ids, wire.INT32, (None,), "ids")
+        ids_T = wire.decode_ids(request.ids, spec.embedding.vocab)
         lengths_B = wire.decode_lengths(request.lengths, len(ids_T), spec.context)
-        if ids_T.min() < 0 or ids_T.max() >= spec.embedding.vocab:
-            raise InvalidInput(f"every id must be in [0, {spec.embedding.vocab})", "ids")
         rows_TD = await self._stage.compute(
             len(ids_T),
             lambda: self._embedding(self._stage.tensor(ids_T).long(), self._stage.sequences(lengths_B)),

@@ -27,7 +27,7 @@ def load(settings: ExpertSettings, tracing: Tracing) -> Program:
     """Loads the experts and warms them up."""
     stage = Stage("expert", settings)
     spec = stage.spec
-    pairs = parse_experts(tuple(settings.experts.split(",")), spec.layers, spec.router.experts)
+    pairs = parse_experts(settings.experts.split(","), spec.sparse_layers, spec.router.experts)
     servicer = ExpertServicer(stage, pairs)
     registrations = [Servicer("expertmesh.v1.ExpertService", add_ExpertServiceServicer_to_server, servicer)]
     if settings.faults:

@@ -11,7 +11,7 @@ from expertmesh import wire
 from expertmesh.checkpoint.manifest import expert_part
 from expertmesh.errors import InvalidInput, WrongPart
 from expertmesh.model.arrays import to_numpy
-from expertmesh.model.layers import GatedMLP
+from expertmesh.model.layers import DTYPES, GatedMLP
 from expertmesh.serving.stage import Stage
 from expertmesh.telemetry import metrics
 from expertmesh.v1.expert_pb2 import ApplyRequest, ApplyResponse
@@ -38,7 +38,7 @@ class ExpertServicer(ExpertServiceServicer):
         """Applies experts of one layer, each to its rows."""
         counts = list(request.counts)
         experts = self._experts_of(request)
-        rows_ND = wire.decode_finite(request.rows, (sum(counts), self._stage.spec.width), "rows")
+        rows_ND = wire.decode_rows(request.rows, (sum(counts), self._stage.spec.width), "rows")
         out_ND = await self._stage.compute(len(rows_ND), lambda: self._apply(experts, counts, rows_ND))
         for expert, count in zip(request.experts, counts, strict=True):
             metrics.EXPERT_TOKENS.labels(request.layer, expert).inc(count)
@@ -61,8 +61,9 @@ class ExpertServicer(ExpertServiceServicer):
         return [self.pair2expert[request.layer, expert] for expert in ids]
 
     def _apply(self, experts: list[GatedMLP], counts: list[int], rows_ND: npt.NDArray) -> npt.NDArray:  # type: ignore[type-arg]
-        pieces = torch.split(self._stage.tensor(rows_ND), counts)
-        return to_numpy(torch.cat([expert(piece) for expert, piece in zip(experts, pieces, strict=True)]))
+        pieces = torch.split(self._stage.tensor(rows_ND).to(DTYPES[self._stage.spec.dtype]), counts)
+        out_ND = to_numpy(torch.cat([expert(piece) for expert, piece in zip(experts, pieces, strict=True)]))
+        return wire.narrow(out_ND, rows_ND.dtype)
 
     def _digest(self, layer: int, expert: int) -> bytes:
         return self._stage.loader.manifest.parts[expert_part(layer, expert)].digest

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from expertmesh import __version__
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.mesh_file import MeshFile
-from expertmesh.rpc.server import Program, main_guard, run
+from expertmesh.rpc.server import Program, Servicer, main_guard, run
 from expertmesh.rpc.settings import Settings, check, parse_host_port, read_settings, setting
 from expertmesh.serving.batcher import Limits
+from expertmesh.serving.generator import Generator
 from expertmesh.serving.inference import InferenceServicer
 from expertmesh.serving.inspection import InspectionServicer
+from expertmesh.serving.scheduler import StepLimits
 from expertmesh.telemetry.logging import event
 from expertmesh.telemetry.tracing import Tracing
 from expertmesh.v1.description_pb2 import DescribeResponse
+from expertmesh.wire import ROW_DTYPES
 
 from .http import application, serve
+from .language import RoutedTokenizing, RoutedTokens
 from .mesh import Mesh
 from .open_inference import OpenInferenceServicer
 from .routes import RoutedClassifier
@@ -36,6 +41,11 @@ class GatewaySettings(Settings):
     pass_texts: int = setting("most texts that share a pass", 64)
     passes: int = setting("most passes under way at once; 1 shares most, more overlap on devices of their own", 1)
     waiting_texts: int = setting("most texts that wait; more are refused", 8192)
+    step_rows: int = setting("most token rows that share a step of generation", 256)
+    step_sequences: int = setting("most sequences that generate at once at one gating replica", 128)
+    wire_dtype: str = setting(
+        "what rows travel to experts in: float32, float16 or bfloat16; by default the model's own, which is exact", ""
+    )
     settle_s: float = setting("after a start, seconds to wait for replicas that are not there yet", 10.0)
 
     def __post_init__(self) -> None:
@@ -45,6 +55,10 @@ class GatewaySettings(Settings):
         check(self.pass_texts >= 1, "pass_texts must be at least 1")
         check(self.passes >= 1, "passes must be at least 1")
         check(self.waiting_texts >= 1, "waiting_texts must be at least 1")
+        check(self.step_rows >= 1, "step_rows must be at least 1")
+        check(self.step_sequences >= 1, "step_sequences must be at least 1")
+        known = ", ".join(ROW_DTYPES)
+        check(self.wire_dtype in ("", *ROW_DTYPES), f"wire_dtype {self.wire_dtype!r} is not one of {known}")
         check(0 <= self.settle_s <= 3600, "settle_s must be in [0, 3600]")
 
 
@@ -52,36 +66,64 @@ def load(settings: GatewaySettings, tracing: Tracing) -> Program:
     """Reads the mesh file and the manifest, and connects to the services while it runs."""
     mesh_file = MeshFile.read(settings.mesh)
     manifest = Manifest.read(Path(settings.model or mesh_file.model))
-    mesh = Mesh(mesh_file, manifest, settings.max_message_bytes, tracing, settings.settle_s)
-    classifier = RoutedClassifier(
-        mesh, Limits(pass_texts=settings.pass_texts, passes=settings.passes, waiting_texts=settings.waiting_texts)
+    mesh = Mesh(mesh_file, manifest, settings.max_message_bytes, tracing, settings.settle_s, settings.wire_dtype)
+    offer = (_language if manifest.spec.generates else _classifier)(settings, mesh)
+    app = application(
+        offer.inference,
+        lambda: mesh.is_ready,
+        manifest.name,
+        int(time.time()),
+        manifest.spec.context,
+        offer.inference.token_texts,
     )
-    inference = InferenceServicer(manifest.spec, classifier)
-
-    def is_ready() -> bool:
-        return mesh.is_ready
 
     def drain() -> None:
         mesh.draining = True
 
     @asynccontextmanager
     async def lifespan() -> AsyncIterator[None]:
-        async with mesh:
-            if not settings.http:
-                yield
-                return
-            async with serve(application(inference, is_ready), settings.http) as address:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(mesh)
+            stack.callback(offer.close)
+            if settings.http:
+                address = await stack.enter_async_context(serve(app, settings.http))
                 event("http_ready", address=address)
-                yield
+            yield
 
-    registrations = [
+    description = DescribeResponse(kind="gateway", model_digest=manifest.digest, version=__version__)
+    return Program(offer.servicers, description, lifespan(), lambda: mesh.is_ready, drain)
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What a gateway offers, which depends on what its model does."""
+
+    inference: InferenceServicer
+    servicers: list[Servicer]
+    close: Callable[[], None] = lambda: None
+
+
+def _classifier(settings: GatewaySettings, mesh: Mesh) -> _Offer:
+    limits = Limits(pass_texts=settings.pass_texts, passes=settings.passes, waiting_texts=settings.waiting_texts)
+    classifier = RoutedClassifier(mesh, limits)
+    inference = InferenceServicer(mesh.manifest.spec, classifier)
+    servicers = [
         inference.registration(),
-        OpenInferenceServicer(manifest, inference, is_ready).registration(),
+        OpenInferenceServicer(mesh.manifest, inference, lambda: mesh.is_ready).registration(),
     ]
     if settings.inspect:
-        registrations.append(InspectionServicer(classifier.inspect).registration())
-    description = DescribeResponse(kind="gateway", model_digest=manifest.digest, version=__version__)
-    return Program(registrations, description, lifespan(), is_ready, drain)
+        servicers.append(InspectionServicer(classifier.inspect).registration())
+    return _Offer(inference, servicers)
+
+
+def _language(settings: GatewaySettings, mesh: Mesh) -> _Offer:
+    tokens = RoutedTokens(mesh, StepLimits(settings.step_rows, settings.step_sequences, settings.waiting_texts))
+    generator = Generator(mesh.manifest.spec, tokens, RoutedTokenizing(mesh))
+    inference = InferenceServicer(mesh.manifest.spec, generator=generator)
+    servicers = [inference.registration()]
+    if settings.inspect:
+        servicers.append(InspectionServicer(tokens.inspect).registration())
+    return _Offer(inference, servicers, tokens.close)
 
 
 def main(arguments: list[str]) -> int:

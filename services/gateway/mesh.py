@@ -12,6 +12,7 @@ from typing import Self
 
 import grpc.aio
 
+from expertmesh import wire
 from expertmesh.checkpoint import manifest as names
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.errors import SetupError, Unavailable
@@ -30,13 +31,17 @@ from expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
 from expertmesh.v1.inspection_pb2_grpc import InspectionServiceStub
 from expertmesh.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 
+MESSAGE_MARGIN_BYTES = 64 * 2**10  # for what a message has beside its rows
+
 
 class FullModelStub:
-    """The two gRPC services of a full model behind one name."""
+    """The gRPC services of a full model behind one name."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self.Classify = InferenceServiceStub(channel).Classify
+        inference, tokenizer = InferenceServiceStub(channel), TokenizerServiceStub(channel)
+        self.Classify, self.Generate = inference.Classify, inference.Generate
         self.Inspect = InspectionServiceStub(channel).Inspect
+        self.EncodePrompt, self.DecodeBatch = tokenizer.EncodePrompt, tokenizer.DecodeBatch
 
 
 _STUBS = {
@@ -58,15 +63,25 @@ class Mesh:
         max_message_bytes: Largest message accepted.
         tracing: Carries trace context on every call.
         settle_s: After a start, how long to wait for replicas that are not there yet before saying ready without them.
+        wire_dtype: What rows travel to experts in and back, of `wire.ROW_DTYPES`; empty for the model's own dtype.
 
     Raises:
         SetupError: A stage, or an expert of the model, is in no service; or a single stage is in two.
     """
 
     def __init__(
-        self, mesh_file: MeshFile, manifest: Manifest, max_message_bytes: int, tracing: Tracing, settle_s: float
+        self,
+        mesh_file: MeshFile,
+        manifest: Manifest,
+        max_message_bytes: int,
+        tracing: Tracing,
+        settle_s: float,
+        wire_dtype: str = "",
     ) -> None:
         self.manifest = manifest
+        self.wire_dtype = wire.ROW_DTYPES[wire_dtype or manifest.spec.dtype]
+        self.narrows = wire_dtype not in ("", "float32", manifest.spec.dtype)
+        self.message_rows = max(1, (max_message_bytes - MESSAGE_MARGIN_BYTES) // (4 * manifest.spec.width))
         self._connect = partial(open_channel, max_message_bytes=max_message_bytes, tracing=tracing)
         self.tokenizer = self._single(mesh_file, "tokenizer", manifest.tokenizer_parts())
         self.embedding = self._single(mesh_file, "embedding", [names.embedding_part()])
@@ -146,11 +161,27 @@ class Mesh:
         if not self._settled:
             everyone_is_met = all(len(replicas.live) == len(replicas.replicas) for replicas in self.all())
             self._settled = everyone_is_met or time.monotonic() > self._settle_at_s
-        return (
-            not self.draining
-            and self._settled
-            and (self.is_complete or (self.full_model is not None and bool(self.full_model.live)))
-        )
+        return not self.draining and self._settled and (self.is_complete or self.has_full_model)
+
+    @property
+    def reference_profiles(self) -> set[str]:
+        """The numeric profiles of the full model, whose answers are what exact means."""
+        return set() if self.full_model is None else {one.description.profile for one in self.full_model.live}
+
+    @property
+    def has_full_model(self) -> bool:
+        """Whether there is a full model to fall back on just now."""
+        return self.full_model is not None and bool(self.full_model.live)
+
+    def require_full_model(self) -> ReplicaSet:
+        """The full model.
+
+        Raises:
+            Unavailable: This mesh has none.
+        """
+        if self.full_model is None:
+            raise Unavailable("this mesh has no full_model service", "full_model")
+        return self.full_model
 
     def expert_digest(self, layer: int, expert: int) -> bytes:
         """The digest that an expert's reply must carry."""
@@ -164,7 +195,7 @@ class Mesh:
 
     def _add_experts(self, service: Service) -> None:
         spec = self.manifest.spec
-        pairs = parse_experts(service.experts, spec.layers, spec.router.experts)
+        pairs = parse_experts(service.experts, spec.sparse_layers, spec.router.experts)
         replicas = self._replica_set(service, [names.expert_part(*pair) for pair in pairs])
         self.experts.append(replicas)
         for pair in pairs:
@@ -172,7 +203,7 @@ class Mesh:
 
     def _check_experts(self) -> None:
         spec = self.manifest.spec
-        for layer in range(spec.layers):
+        for layer in spec.sparse_layers:
             for expert in range(spec.router.experts):
                 if (layer, expert) not in self._pair2services:
                     raise SetupError(f"no service of the mesh file holds expert {expert} of layer {layer}")

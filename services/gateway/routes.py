@@ -10,7 +10,6 @@ import numpy as np
 from expertmesh.errors import CorruptReply, MeshError, Unavailable
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.serving.batcher import Batcher, Limits
 from expertmesh.serving.inspection import Trace
 from expertmesh.serving.passes import Answer, are_exact
@@ -59,7 +58,7 @@ class RoutedClassifier:
         try:
             return await self._batcher.submit(texts, deadline)
         except (Unavailable, CorruptReply) as error:
-            if contract == CONTRACT_MESH_ONLY or not self._has_full_model():
+            if contract == CONTRACT_MESH_ONLY or not self._mesh.has_full_model:
                 raise
             stage = error.stage if isinstance(error, Unavailable) else "corrupt"
             metrics.FALLBACKS.labels(stage).inc()
@@ -69,7 +68,7 @@ class RoutedClassifier:
     async def inspect(self, request: InspectRequest, deadline: Deadline) -> InspectResponse:
         """Gives the trace of one text by the route that is asked for, and by no other."""
         if request.route == ROUTE_FULL_MODEL:
-            return await self._full_model().call("Inspect", request, deadline, lambda reply, _: reply)
+            return await self._mesh.require_full_model().call("Inspect", request, deadline, lambda reply, _: reply)
         trace = Trace()
         for answer in await MeshPass(self._mesh, deadline, trace.observe).run([request.text]):
             if isinstance(answer, MeshError):
@@ -91,14 +90,6 @@ class RoutedClassifier:
         if result.label != labels[int(np.argmax(result.probabilities))]:
             raise CorruptReply("a label is not that of the highest probability")
 
-    def _has_full_model(self) -> bool:
-        return self._mesh.full_model is not None and bool(self._mesh.full_model.live)
-
-    def _full_model(self) -> ReplicaSet:
-        if self._mesh.full_model is None:
-            raise Unavailable("this mesh has no full_model service", "full_model")
-        return self._mesh.full_model
-
     async def _by_full_model(self, texts: Sequence[str], deadline: Deadline) -> list[Answer]:
         def read(reply: ClassifyResponse, origin: Origin) -> list[Answer]:
             if len(reply.results) != len(texts):
@@ -111,4 +102,4 @@ class RoutedClassifier:
             return [Answer(result, reply.timings) for result in reply.results]
 
         request = ClassifyRequest(texts=texts, route=ROUTE_FULL_MODEL, include_experts=True)
-        return await self._full_model().call("Classify", request, deadline, read)
+        return await self._mesh.require_full_model().call("Classify", request, deadline, read)

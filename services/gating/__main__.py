@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from expertmesh.rpc.server import Program, Servicer, main_guard, run
-from expertmesh.rpc.settings import ModelSettings, read_settings
+from expertmesh.rpc.settings import CacheSettings, read_settings
+from expertmesh.serving.caching import make_leases, reaping
 from expertmesh.serving.stage import Stage
 from expertmesh.telemetry.tracing import Tracing
 from expertmesh.v1.gating_pb2_grpc import add_GatingServiceServicer_to_server
@@ -11,17 +12,18 @@ from expertmesh.v1.gating_pb2_grpc import add_GatingServiceServicer_to_server
 from .service import GatingServicer
 
 
-def load(settings: ModelSettings, tracing: Tracing) -> Program:
+def load(settings: CacheSettings, tracing: Tracing) -> Program:
     """Loads the gating of every layer and warms it up."""
     stage = Stage("gating", settings)
-    servicer = GatingServicer(stage)
+    leases = make_leases(stage, settings.kv_tokens, settings.lease_s) if stage.spec.generates else None
+    servicer = GatingServicer(stage, leases)
     registration = Servicer("expertmesh.v1.GatingService", add_GatingServiceServicer_to_server, servicer)
-    return Program([registration], stage.description())
+    return Program([registration], stage.description(), reaping(leases))
 
 
 def main(arguments: list[str]) -> int:
     """Runs the program until it is stopped; gives its exit status."""
-    return run(read_settings(ModelSettings, "gating", arguments), "gating", load)
+    return run(read_settings(CacheSettings, "gating", arguments), "gating", load)
 
 
 if __name__ == "__main__":

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import grpc.aio
 import numpy as np
+import numpy.typing as npt
 
 from expertmesh import wire
-from expertmesh.errors import WrongPart
+from expertmesh.dispatch import Gated
+from expertmesh.errors import InvalidInput, WrongPart
 from expertmesh.model.arrays import to_numpy
+from expertmesh.model.sequences import Sequences
+from expertmesh.serving.leases import Leases, Place
 from expertmesh.serving.stage import Stage
-from expertmesh.v1.gating_pb2 import GateRequest, GateResponse
+from expertmesh.v1.gating_pb2 import (
+    GateRequest,
+    GateResponse,
+    OpenRequest,
+    OpenResponse,
+    ReleaseRequest,
+    ReleaseResponse,
+)
 from expertmesh.v1.gating_pb2_grpc import GatingServiceServicer
 
 
 class GatingServicer(GatingServiceServicer):
-    """Attention and router of every layer."""
+    """Attention and router of every layer.
 
-    def __init__(self, stage: Stage) -> None:
+    Args:
+        stage: Device and loader.
+        leases: The KV cache, of a model that generates.
+    """
+
+    def __init__(self, stage: Stage, leases: Leases | None = None) -> None:
         self._stage = stage
+        self._leases = leases
         self._layers = [stage.loader.gating(layer) for layer in range(stage.spec.layers)]
-        x_TD = np.zeros((8, stage.spec.width), np.float32)
-        stage.warm_up(lambda: self._layers[0](stage.tensor(x_TD), stage.sequences(np.array([8]))))
+        stage.warm_up(self._warm_up)
 
     async def Gate(self, request: GateRequest, context: grpc.aio.ServicerContext) -> GateResponse:
         """Runs one layer's attention and routes its rows."""
@@ -29,13 +45,58 @@ class GatingServicer(GatingServiceServicer):
             raise WrongPart(f"there is no layer {request.layer}; this model has {spec.layers}")
         x_TD = wire.decode_finite(request.rows, (None, spec.width), "rows")
         lengths_B = wire.decode_lengths(request.lengths, len(x_TD), spec.context)
-        gated = await self._stage.compute(
-            len(x_TD),
-            lambda: self._layers[request.layer](self._stage.tensor(x_TD), self._stage.sequences(lengths_B)),
+        return encode_gated(await self._stage.compute(len(x_TD), lambda: self._gate(request, x_TD, lengths_B)))
+
+    async def Open(self, request: OpenRequest, context: grpc.aio.ServicerContext) -> OpenResponse:
+        """Reserves room in the KV cache for a sequence."""
+        self._cached().open(request.sequence, request.epoch, request.tokens)
+        return OpenResponse()
+
+    async def Release(self, request: ReleaseRequest, context: grpc.aio.ServicerContext) -> ReleaseResponse:
+        """Frees sequences."""
+        return ReleaseResponse(released=self._cached().release(request.sequences))
+
+    def _gate(self, request: GateRequest, x_TD: npt.NDArray[np.float32], lengths_B: npt.NDArray[np.int32]) -> Gated:
+        gated: Gated = self._layers[request.layer](
+            self._stage.tensor(x_TD), self._sequences(request, lengths_B.tolist(), lengths_B)
         )
-        return GateResponse(
-            residual=wire.encode(to_numpy(gated.residual_TD)),
-            expert_input=wire.encode(to_numpy(gated.expert_input_TD)),
-            expert_ids=wire.encode(to_numpy(gated.expert_ids_TK).astype(np.int32)),
-            weights=wire.encode(to_numpy(gated.weights_TK)),
-        )
+        return gated
+
+    def _sequences(self, request: GateRequest, lengths: list[int], lengths_B: npt.NDArray[np.int32]) -> Sequences:
+        if self._leases is None:
+            if request.places:
+                raise InvalidInput("this model has no cache; its sequences are whole", "places")
+            return self._stage.sequences(lengths_B)
+        if len(request.places) != len(lengths):
+            raise InvalidInput("there must be one place for each sequence", "places")
+        places = [
+            Place(place.sequence, place.epoch, place.position, rows)
+            for place, rows in zip(request.places, lengths, strict=True)
+        ]
+        return self._leases.rows(places, request.layer)
+
+    def _cached(self) -> Leases:
+        if self._leases is None:
+            raise WrongPart("this model classifies; it has no KV cache")
+        return self._leases
+
+    def _warm_up(self) -> None:
+        x_TD = np.zeros((8, self._stage.spec.width), np.float32)
+        lengths_B = np.array([8], np.int32)
+        request = GateRequest()
+        if self._leases is not None:
+            place = request.places.add(sequence=bytes(16))
+            self._leases.open(place.sequence, 0, 8)
+        self._gate(request, x_TD, lengths_B)
+        if self._leases is not None:
+            self._leases.release([bytes(16)])
+
+
+def encode_gated(gated: Gated) -> GateResponse:
+    """Writes what gating gives."""
+    response = GateResponse(residual=wire.encode(to_numpy(gated.residual_TD)))
+    if gated.expert_ids_TK is not None:
+        response.expert_input.CopyFrom(wire.encode(to_numpy(gated.expert_input_TD)))
+        response.expert_ids.CopyFrom(wire.encode(to_numpy(gated.expert_ids_TK).astype(np.int32)))
+        response.weights.CopyFrom(wire.encode(to_numpy(gated.weights_TK)))
+    return response

@@ -1,0 +1,169 @@
+"""One sequence that generates: its tokens, how they are drawn, and who waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from expertmesh.errors import DeadlineExceeded
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.serving.passes import Provenance
+from expertmesh.telemetry import metrics
+from expertmesh.v1.classifier_pb2 import Draw
+from expertmesh.v1.inference_pb2 import (
+    FINISH_REASON_LENGTH,
+    FINISH_REASON_STOP,
+    FINISH_REASON_UNSPECIFIED,
+    FinishReason,
+)
+from expertmesh.v1.sampling_pb2 import Sampling, TokenLogprobs
+
+ID_BYTES = 16
+NO_LOGPROBS = -1
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of one sequence.
+
+    Attributes:
+        prompt: Token ids to go on from.
+        sampling: How tokens are drawn.
+        choice: Which of the answers to the prompt this is; part of the key of its random numbers.
+        max_tokens: Most tokens to generate; prompt and answer fit the context together.
+        end_ids: Tokens that end it.
+        logprobs: How many likely tokens to tell at each place; -1: no log probability at all.
+        deadline: When the answer is of no use any more.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    choice: int
+    max_tokens: int
+    end_ids: frozenset[int]
+    logprobs: int
+    deadline: Deadline
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token.
+
+    Attributes:
+        drawn: Its id and log probabilities.
+        finish: Why it is the last one, if it is.
+        provenance: How it was computed.
+    """
+
+    drawn: TokenLogprobs
+    finish: FinishReason
+    provenance: Provenance
+
+
+@dataclass(eq=False)
+class Generation:
+    """The state of one sequence.
+
+    Attributes:
+        wish: What is asked.
+        ids: Prompt and what was generated so far.
+        cached: How many of these are in the KV cache of its home.
+        epoch: Grows each time it has to be computed anew.
+        id: Names it to gating; nobody can guess it.
+        left: Whether nobody waits for it any more.
+    """
+
+    wish: Wish
+    ids: list[int] = field(init=False)
+    cached: int = 0
+    epoch: int = 0
+    id: bytes = field(default_factory=lambda: Generation.new_id())
+    left: bool = False
+    rebuilds: int = 0
+    _events: asyncio.Queue[Token | BaseException] = field(default_factory=asyncio.Queue)
+    _last_s: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.ids = list(self.wish.prompt)
+
+    @staticmethod
+    def new_id() -> bytes:
+        """A name that nobody can guess."""
+        return secrets.token_bytes(ID_BYTES)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that it will have at most, which is what its home reserves; the last one is never cached."""
+        return len(self.wish.prompt) + self.wish.max_tokens - 1
+
+    @property
+    def missing(self) -> int:
+        """Tokens that have to go through the layers before the next one can be drawn."""
+        return len(self.ids) - self.cached
+
+    def draw(self) -> Draw:
+        """How its next token is drawn."""
+        penalised = self.wish.sampling.repetition_penalty != 1.0
+        return Draw(
+            sampling=self.wish.sampling,
+            choice=self.wish.choice,
+            position=len(self.ids),
+            seen=sorted(set(self.ids)) if penalised else [],
+            logprobs=self.wish.logprobs,
+        )
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.ids) - len(self.wish.prompt)
+
+    def restart(self) -> None:
+        """What was cached of it is lost: it will be computed anew from its tokens."""
+        self.cached = 0
+        self.epoch += 1
+        self.rebuilds += 1
+        metrics.REBUILDS.inc()
+
+    def add(self, drawn: TokenLogprobs, provenance: Provenance) -> bool:
+        """Takes the next token and passes it on; gives whether it was the last one."""
+        first = not self.generated
+        self.ids.append(drawn.id)
+        now_s = time.monotonic()
+        (metrics.FIRST_TOKEN_SECONDS if first else metrics.NEXT_TOKEN_SECONDS).observe(now_s - self._last_s)
+        self._last_s = now_s
+        finish = FINISH_REASON_UNSPECIFIED
+        if drawn.id in self.wish.end_ids:
+            finish = FINISH_REASON_STOP
+        elif self.generated >= self.wish.max_tokens:
+            finish = FINISH_REASON_LENGTH
+        self._events.put_nowait(Token(drawn, finish, provenance))
+        return finish != FINISH_REASON_UNSPECIFIED
+
+    def fail(self, error: BaseException) -> None:
+        """Ends it with an error."""
+        self._events.put_nowait(error)
+
+    async def tokens(self) -> AsyncGenerator[Token, None]:
+        """Its tokens as they come.
+
+        Raises:
+            DeadlineExceeded: It was not done in time.
+            MeshError: It failed.
+        """
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(self.wish.deadline.remaining_s()):
+                        event = await self._events.get()
+                except TimeoutError:
+                    raise DeadlineExceeded("the deadline has passed") from None
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if event.finish != FINISH_REASON_UNSPECIFIED:
+                    return
+        finally:
+            self.left = True

@@ -1,0 +1,137 @@
+"""Gating replicas as the homes of sequences: where their KV caches are, and how steps are computed there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from expertmesh.dispatch import Gate, Score, StageCall, drive_async, layer_loop
+from expertmesh.errors import CorruptReply, DeadlineExceeded, MeshError, Unavailable, WrongPart
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.replica import Replica, State
+from expertmesh.serving.generation import Generation
+from expertmesh.serving.inspection import Observer, chunks
+from expertmesh.serving.passes import Provenance
+from expertmesh.serving.scheduler import HomeLost, Work
+from expertmesh.telemetry import tracing
+from expertmesh.v1.gating_pb2 import OpenRequest, Place, ReleaseRequest
+from expertmesh.v1.inference_pb2 import ROUTE_MESH
+from expertmesh.v1.sampling_pb2 import TokenLogprobs
+
+from .mesh import Mesh
+from .stage_calls import Rows, StageCalls
+
+CALL_TIMEOUT_S = 5.0
+STEP_TIMEOUT_S = 60.0
+LOSSES = (Unavailable, CorruptReply, WrongPart, DeadlineExceeded)
+
+
+class GatingHome:
+    """One gating replica.
+
+    Args:
+        mesh: The services.
+        replica: The one of gating.
+    """
+
+    def __init__(self, mesh: Mesh, replica: Replica) -> None:
+        self._mesh = mesh
+        self._replica = replica
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it takes sequences."""
+        return self._replica.state is State.LIVE and not self._mesh.draining
+
+    async def open(self, generation: Generation) -> None:
+        """Reserves room for a sequence.
+
+        Raises:
+            Overloaded: There is none just now.
+            InvalidInput: There never will be.
+            HomeLost: The replica is gone or was wrong.
+        """
+        await self._open(generation.id, generation.epoch, generation.most_tokens)
+
+    async def release(self, generations: Sequence[Generation]) -> None:
+        """Frees sequences; a replica that cannot be reached has lost them anyway, or forgets them by itself."""
+        await self._release([generation.id for generation in generations])
+
+    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+        """Computes rows and draws tokens, one for each work that draws, in their order; says how.
+
+        Raises:
+            HomeLost: What was cached here is lost.
+            MeshError: Another stage failed.
+        """
+        pieces = [piece.generation for piece in work]
+        places = [Place(sequence=one.id, epoch=one.epoch, position=one.cached) for one in pieces]
+        calls = StageCalls(self._mesh, Deadline.after(STEP_TIMEOUT_S), places, self._replica)
+        ids_T = np.array([id_ for one in work for id_ in _ids(one)], np.int32)
+        lengths_B = np.array([one.rows for one in work], np.int32)
+        with tracing.span("step", rows=len(ids_T), sequences=len(work)):
+            x_TD = await self._rows(calls, ids_T, lengths_B)
+            lasts = [last for last, one in zip(np.cumsum(lengths_B) - 1, work, strict=True) if one.draws]
+            draws = [one.generation.draw() for one in work if one.draws]
+            tokens = await calls.sample(x_TD[lasts], draws) if draws else []
+        return tokens, Provenance(ROUTE_MESH, calls.is_exact, " + ".join(sorted(calls.profiles)))
+
+    async def inspect(self, ids: Sequence[int], chunk: int, deadline: Deadline, observe: Observer) -> None:
+        """Runs one sequence of ids through the layers, so many at a time, and shows every stage call.
+
+        Raises:
+            MeshError: It could not be run.
+        """
+        generation_id, lengths = Generation.new_id(), np.array(ids, np.int32)
+        try:
+            await self._open(generation_id, 0, len(ids))
+            for part in chunks(len(ids), chunk):
+                place = Place(sequence=generation_id, position=part.start)
+                calls = StageCalls(self._mesh, deadline, [place], self._replica)
+                rows_B = np.array([part.stop - part.start], np.int32)
+                x_TD = await self._rows(calls, lengths[part], rows_B, observe)
+                score = Score(x_TD, rows_B)
+                observe(score, await calls.answer(score))
+        except HomeLost as error:
+            raise Unavailable(str(error), "gating") from None
+        finally:
+            await self._release([generation_id])
+
+    async def _rows(self, calls: StageCalls, ids_T: Rows, lengths_B: Rows, observe: Observer | None = None) -> Rows:
+        async def answer(call: StageCall) -> Any:
+            try:
+                result = await calls.answer(call)
+            except LOSSES as error:
+                if isinstance(call, Gate):
+                    raise HomeLost(str(error)) from None
+                raise
+            if observe is not None:
+                observe(call, result)
+            return result
+
+        rows: Rows = await drive_async(layer_loop(self._mesh.manifest.spec, ids_T, lengths_B), answer)
+        return rows
+
+    async def _open(self, sequence: bytes, epoch: int, tokens: int) -> None:
+        request = OpenRequest(sequence=sequence, epoch=epoch, tokens=tokens)
+        try:
+            await self._mesh.gating.call("Open", request, Deadline.after(CALL_TIMEOUT_S), _taken, at=self._replica)
+        except LOSSES as error:
+            raise HomeLost(str(error)) from None
+
+    async def _release(self, sequences: Sequence[bytes]) -> None:
+        request = ReleaseRequest(sequences=sequences)
+        with suppress(MeshError):
+            await self._mesh.gating.call("Release", request, Deadline.after(CALL_TIMEOUT_S), _taken, at=self._replica)
+
+
+def _ids(work: Work) -> list[int]:
+    generation = work.generation
+    return generation.ids[generation.cached : generation.cached + work.rows]
+
+
+def _taken(reply: Any, origin: Any) -> None:
+    """There is nothing to read."""

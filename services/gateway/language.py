@@ -1,0 +1,198 @@
+"""Tokens through the mesh, or from the full model when the contract allows and the mesh cannot; text through either."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import numpy as np
+
+from expertmesh import wire
+from expertmesh.errors import CorruptReply, Unavailable
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.origin import Origin
+from expertmesh.serving.generation import NO_LOGPROBS, Token, Wish
+from expertmesh.serving.inspection import Trace
+from expertmesh.serving.passes import Provenance, are_exact
+from expertmesh.serving.scheduler import Scheduler, StepLimits
+from expertmesh.telemetry import metrics
+from expertmesh.telemetry.logging import event
+from expertmesh.v1.inference_pb2 import (
+    CONTRACT_MESH_ONLY,
+    FINISH_REASON_LENGTH,
+    FINISH_REASON_STOP,
+    FINISH_REASON_UNSPECIFIED,
+    ROUTE_FULL_MODEL,
+    Contract,
+    FinishReason,
+    GenerateRequest,
+    GenerateResponse,
+    Route,
+    TokenIds,
+)
+from expertmesh.v1.inspection_pb2 import InspectRequest, InspectResponse
+from expertmesh.v1.tokenizer_pb2 import (
+    DecodeBatchRequest,
+    DecodeBatchResponse,
+    EncodePromptRequest,
+    EncodePromptResponse,
+)
+
+from .homes import GatingHome
+from .mesh import Mesh
+
+ReplyT = TypeVar("ReplyT")
+
+
+class RoutedTokens:
+    """Tokens of sequences, through the mesh or the full model.
+
+    Args:
+        mesh: The services.
+        limits: How much is taken on.
+    """
+
+    def __init__(self, mesh: Mesh, limits: StepLimits) -> None:
+        self._mesh = mesh
+        self._homes = [GatingHome(mesh, replica) for replica in mesh.gating.replicas]
+        self._scheduler = Scheduler(lambda: self._homes, limits, mesh.gating.unavailable)
+
+    async def tokens(self, wish: Wish, contract: Contract, route: Route) -> AsyncGenerator[Token, None]:
+        """The tokens of one sequence as they come.
+
+        Where the mesh fails in the middle, the full model goes on from the tokens there are, which are the same bits.
+
+        Raises:
+            Unavailable: No route that the contract allows has every stage; names the stage or expert.
+            MeshError: It failed for another reason.
+        """
+        known: list[int] = []
+        if route != ROUTE_FULL_MODEL:
+            try:
+                self._mesh.require_complete()
+                async with aclosing(self._scheduler.generate(wish)) as tokens:
+                    async for token in tokens:
+                        known.append(token.drawn.id)
+                        yield token
+                return
+            except (Unavailable, CorruptReply) as error:
+                if contract == CONTRACT_MESH_ONLY or not self._mesh.has_full_model:
+                    raise
+                metrics.FALLBACKS.labels(error.stage if isinstance(error, Unavailable) else "corrupt").inc()
+                event("fallback", level=logging.WARNING, reason=str(error), tokens=len(known))
+        async with aclosing(self._by_full_model(wish, known)) as more:
+            async for token in more:
+                yield token
+
+    async def inspect(self, request: InspectRequest, deadline: Deadline) -> InspectResponse:
+        """Gives the trace of one sequence of ids by the route that is asked for, and by no other."""
+        if request.route == ROUTE_FULL_MODEL:
+            full_model = self._mesh.require_full_model()
+            return await full_model.call("Inspect", request, deadline, lambda reply, _: reply)
+        home = next((home for home in self._homes if home.is_live), None)
+        if home is None:
+            raise self._mesh.gating.unavailable()
+        trace = Trace()
+        ids_T = wire.decode_ids(request.ids, self._mesh.manifest.spec.embedding.vocab)
+        await home.inspect(ids_T.tolist(), request.chunk, deadline, trace.observe)
+        return trace.response
+
+    def close(self) -> None:
+        """Ends the steps, when the program ends."""
+        self._scheduler.close()
+
+    async def _by_full_model(self, wish: Wish, known: list[int]) -> AsyncGenerator[Token, None]:
+        full_model = self._mesh.require_full_model()
+        tries = sum(replica.attempts for replica in full_model.replicas)
+        while True:
+            tries -= 1
+            try:
+                request = _resumed(wish, known)
+                replies = full_model.stream("Generate", request, wish.deadline, self._read)
+                async with aclosing(replies) as messages:
+                    async for token in messages:
+                        known.append(token.drawn.id)
+                        yield token
+                return
+            except (Unavailable, CorruptReply):
+                if not tries or not full_model.live:
+                    raise
+
+    def _read(self, reply: GenerateResponse) -> list[Token]:
+        vocab = self._mesh.manifest.spec.embedding.vocab
+        if not all(0 <= drawn.id < vocab for drawn in reply.tokens):
+            raise CorruptReply("a token is not in the vocabulary")
+        provenance = Provenance(ROUTE_FULL_MODEL, are_exact({reply.profile}), reply.profile)
+        finish: list[FinishReason] = [FINISH_REASON_UNSPECIFIED] * len(reply.tokens)
+        if reply.finish_reason != FINISH_REASON_UNSPECIFIED:
+            if not finish or reply.finish_reason not in (FINISH_REASON_STOP, FINISH_REASON_LENGTH):
+                raise CorruptReply("it ends without a token")
+            finish[-1] = reply.finish_reason
+        return [Token(drawn, why, provenance) for drawn, why in zip(reply.tokens, finish, strict=True)]
+
+
+class RoutedTokenizing:
+    """Text to ids and back by the tokenizer, or the full model's where that is gone: they are the same files.
+
+    Args:
+        mesh: The services.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._vocab = mesh.manifest.spec.embedding.vocab
+
+    async def encode(self, request: EncodePromptRequest, deadline: Deadline) -> list[int]:
+        """Ids of a prompt."""
+
+        def read(reply: EncodePromptResponse, origin: Origin) -> list[int]:
+            ids: list[int] = wire.decode_ids(reply.ids, self._vocab).tolist()
+            return ids
+
+        return await self._call("EncodePrompt", request, deadline, read)
+
+    async def decode(self, sequences: Sequence[Sequence[int]], deadline: Deadline) -> list[str]:
+        """Texts of several id sequences."""
+
+        def read(reply: DecodeBatchResponse, origin: Origin) -> list[str]:
+            if len(reply.texts) != len(sequences):
+                raise CorruptReply("it has not one text for each sequence")
+            return list(reply.texts)
+
+        request = DecodeBatchRequest(
+            ids=wire.encode(np.concatenate([np.array(one, np.int32) for one in sequences])),
+            lengths=wire.encode(np.array([len(one) for one in sequences], np.int32)),
+        )
+        return await self._call("DecodeBatch", request, deadline, read)
+
+    async def _call(
+        self, method: str, request: Any, deadline: Deadline, read: Callable[[Any, Origin], ReplyT]
+    ) -> ReplyT:
+        try:
+            return await self._mesh.tokenizer.call(method, request, deadline, read)
+        except (Unavailable, CorruptReply):
+            if not self._mesh.has_full_model:
+                raise
+        return await self._mesh.require_full_model().call(method, request, deadline, read)
+
+
+def _resumed(wish: Wish, known: Sequence[int]) -> GenerateRequest:
+    """A request that goes on with a sequence: random numbers depend on seed, choice and position alone."""
+    sampling = wish.sampling
+    return GenerateRequest(
+        ids=TokenIds(ids=[*wish.prompt, *known]),
+        max_tokens=wish.max_tokens - len(known),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+        stop_ids=sorted(wish.end_ids),
+        ignore_end=True,
+        first_choice=wish.choice,
+        logprobs=None if wish.logprobs == NO_LOGPROBS else wish.logprobs,
+        route=ROUTE_FULL_MODEL,
+    )
