@@ -51,10 +51,11 @@ def classifier_part() -> str:
 
 def model_parts(spec: ModelSpec) -> Iterator[str]:
     """Every part that holds weights, in the order of a request."""
+    dense = frozenset(spec.dense.layers)
     yield embedding_part()
     for layer in range(spec.layers):
         yield gating_part(layer)
-        for expert in range(spec.router.experts):
+        for expert in range(0 if layer in dense else spec.router.experts):
             yield expert_part(layer, expert)
     yield classifier_part()
 

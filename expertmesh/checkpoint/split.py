@@ -1,57 +1,47 @@
 """`split`: a checkpoint becomes a folder of parts that services load one by one.
 
-The source is a trained checkpoint (`spec.json`, `model.safetensors`, `tokenizer/`) or a folder that was split
-before. The same source gives the same bytes. The target appears whole or not at all.
+The same source gives the same bytes. The target appears whole or not at all. One piece of one tensor is in memory at a
+time, whatever the size of the model; names and shapes are compared with the spec before anything is written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors.torch
-import torch
-from torch import Tensor
-
-from expertmesh.checkpoint.load import StageLoader
-from expertmesh.checkpoint.manifest import (
-    FILE_NAME,
-    PART_FILE,
-    Manifest,
-    Part,
-    expert_part,
-    gating_part,
-    model_parts,
-    read_checked,
-)
-from expertmesh.checkpoint.parts import parse
+from expertmesh.checkpoint.manifest import FILE_NAME, Manifest, Part, model_parts
+from expertmesh.checkpoint.parts import write_part
+from expertmesh.checkpoint.shapes import PartShapes, check_shapes
+from expertmesh.checkpoint.sources import SPEC_FILE, TOKENIZER_FOLDER, WEIGHTS_FILE, Source, open_source
+from expertmesh.checkpoint.tokenizer import load_tokenizer
 from expertmesh.errors import BadCheckpoint
-from expertmesh.model.spec import ModelSpec
 
-SPEC_FILE = "spec.json"
-WEIGHTS_FILE = "model.safetensors"
-TOKENIZER_FOLDER = "tokenizer"
+__all__ = ["SPEC_FILE", "WEIGHTS_FILE", "Progress", "split"]
 
 Progress = Callable[[str, int, int], None]
 
-_STAGE_TENSOR = re.compile(r"(embedding|classifier)\.(.+)")
-_GATING_TENSOR = re.compile(r"gating\.(\d+)\.(.+)")
-_EXPERT_TENSOR = re.compile(r"experts\.(\d+)\.(\d+)\.(.+)")
 
-
-def split(source: Path, target: Path, name: str = "", progress: Progress | None = None) -> Manifest:
+def split(
+    source: Path | Source,
+    target: Path,
+    name: str = "",
+    progress: Progress | None = None,
+    *,
+    dtype: str | None = None,
+    context: int | None = None,
+) -> Manifest:
     """Writes the parts of a checkpoint and their manifest.
 
     Args:
-        source: A trained checkpoint, or a split model.
+        source: A trained checkpoint, a split model or a Hugging Face folder, perhaps opened already.
         target: The folder to write; it must not exist, or be empty, or be an earlier split, which is replaced.
         name: The model's name; the source's by default.
         progress: Is told (part, parts done, parts in all).
+        dtype: What the model shall compute in, if other than its own.
+        context: Most tokens in a sequence, if other than the model's own.
 
     Raises:
         BadCheckpoint: The source is missing, damaged, or not complete, or the target is some other folder.
@@ -60,30 +50,35 @@ def split(source: Path, target: Path, name: str = "", progress: Progress | None 
         raise BadCheckpoint(f"{target} is no folder; choose another one")
     if target.exists() and any(target.iterdir()) and not (target / FILE_NAME).is_file():
         raise BadCheckpoint(f"{target} is not empty and holds no split model; choose another folder")
-    source_name, spec, part2tensors, tokenizer_files = _read(source)
+    opened = open_source(source, dtype, context) if isinstance(source, Path) else source
+    tokenizer_files = opened.tokenizer_files()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         draft = Path(scratch) / target.name
-        parts = {}
-        order = list(model_parts(spec))
-        for done, part in enumerate(order, start=1):
-            if part not in part2tensors:
-                raise BadCheckpoint(f"{source} misses the tensors of part {part}")
-            parts[part] = _write(draft, f"{part}.safetensors", safetensors.torch.save(part2tensors.pop(part)))
-            if progress is not None:
-                progress(part, done, len(order))
-        if part2tensors:
-            raise BadCheckpoint(f"{source} holds tensors of {min(part2tensors)}, which the spec does not have")
+        parts = _write_parts(opened, draft, progress)
         for file, data in sorted(tokenizer_files.items()):
             parts[f"{TOKENIZER_FOLDER}/{file}"] = _write(draft, f"{TOKENIZER_FOLDER}/{file}", data)
-        manifest = Manifest(name or source_name, spec, parts)
+        manifest = Manifest(name or opened.name, opened.spec, parts)
         manifest.write(draft)
-        StageLoader(draft, torch.device("cpu")).full_model()  # what no service could load is never put in place
+        load_tokenizer(draft, Manifest.read(draft))  # what no service could load is never put in place
         _keep_others(target, draft)
         if target.exists():
             target.rename(Path(scratch) / "replaced")
         draft.rename(target)
     return manifest
+
+
+def _write_parts(source: Source, draft: Path, progress: Progress | None) -> dict[str, Part]:
+    parts = {}
+    shapes = PartShapes(source.spec)
+    order = list(model_parts(source.spec))
+    for done, part in enumerate(order, start=1):
+        tensors = source.part(part)
+        check_shapes(part, {key: tensor.shape for key, tensor in tensors.items()}, shapes.of(part))
+        parts[part] = write_part(draft, part, tensors)
+        if progress is not None:
+            progress(part, done, len(order))
+    return parts
 
 
 def _write(folder: Path, file: str, data: bytes) -> Part:
@@ -99,46 +94,3 @@ def _keep_others(old: Path, new: Path) -> None:
         for path in old.iterdir():
             if path.is_file() and path.name != FILE_NAME and path.suffix != ".safetensors":
                 shutil.copy2(path, new / path.name)
-
-
-def _read(source: Path) -> tuple[str, ModelSpec, dict[str, dict[str, Tensor]], dict[str, bytes]]:
-    if (source / FILE_NAME).is_file():
-        return _read_split(source)
-    if not source.is_dir():
-        raise BadCheckpoint(f"there is no checkpoint folder {source}")
-    for file in (SPEC_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER):
-        if not (source / file).exists():
-            raise BadCheckpoint(f"{source} is no checkpoint: it has no {file}")
-    try:
-        spec = ModelSpec.from_dict(json.loads((source / SPEC_FILE).read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise BadCheckpoint(f"{source / SPEC_FILE} is no JSON: {error}") from None
-    part2tensors: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in parse((source / WEIGHTS_FILE).read_bytes(), str(source / WEIGHTS_FILE)).items():
-        part, inner = _place(name)
-        part2tensors.setdefault(part, {})[inner] = tensor
-    files = {
-        path.name: path.read_bytes()
-        for path in sorted((source / TOKENIZER_FOLDER).iterdir())
-        if PART_FILE.fullmatch(f"{TOKENIZER_FOLDER}/{path.name}")
-    }
-    return source.resolve().name, spec, part2tensors, files
-
-
-def _read_split(source: Path) -> tuple[str, ModelSpec, dict[str, dict[str, Tensor]], dict[str, bytes]]:
-    manifest = Manifest.read(source)
-    part2bytes = {name: read_checked(source, name, part) for name, part in manifest.parts.items()}
-    tensors = {name: parse(part2bytes[name], f"part {name}") for name in model_parts(manifest.spec)}
-    files = {name.removeprefix("tokenizer/"): part2bytes[name] for name in manifest.tokenizer_parts()}
-    return manifest.name, manifest.spec, tensors, files
-
-
-def _place(tensor: str) -> tuple[str, str]:
-    """The part that a tensor of the full model belongs to, and its name there."""
-    if match := _STAGE_TENSOR.fullmatch(tensor):
-        return match[1], match[2]
-    if match := _GATING_TENSOR.fullmatch(tensor):
-        return gating_part(int(match[1])), match[2]
-    if match := _EXPERT_TENSOR.fullmatch(tensor):
-        return expert_part(int(match[1]), int(match[2])), match[3]
-    raise BadCheckpoint(f"tensor {tensor!r} belongs to no stage")

@@ -1,0 +1,78 @@
+"""Keys of `config.json` that do not change what a causal language model computes from its weights and tokens."""
+
+_IDENTITY = {
+    "architectures",
+    "transformers_version",
+    "model_type",
+    "name_or_path",
+    "tokenizer_class",
+    "dtype",
+    "torch_dtype",
+    "use_bfloat16",
+    "torchscript",
+    "attn_implementation",
+    "experts_implementation",
+    "initial_context_length",
+}
+_TOKENS = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "sep_token_id",
+    "decoder_start_token_id",
+}
+_TRAINING = {
+    "attention_dropout",
+    "embd_pdrop",
+    "hidden_dropout",
+    "resid_pdrop",
+    "classifier_dropout",
+    "initializer_range",
+    "gradient_checkpointing",
+    "router_aux_loss_coef",
+    "aux_loss_alpha",
+    "seq_aux",
+    "router_z_loss_coef",
+    "ep_size",
+    "pretraining_tp",
+    "input_jitter_noise",
+}
+_OUTPUT = {
+    "output_router_logits",
+    "output_hidden_states",
+    "output_attentions",
+    "output_scores",
+    "return_dict",
+    "return_dict_in_generate",
+    "use_cache",
+    "chunk_size_feed_forward",
+}
+_CLASSIFICATION = {"id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"}
+_GENERATION = {
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "do_sample",
+    "early_stopping",
+    "num_beams",
+    "num_beam_groups",
+    "diversity_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "repetition_penalty",
+    "length_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "num_return_sequences",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "remove_invalid_values",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "prefix",
+}
+IRRELEVANT = frozenset(_IDENTITY | _TOKENS | _TRAINING | _OUTPUT | _CLASSIFICATION | _GENERATION)
