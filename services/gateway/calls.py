@@ -11,6 +11,14 @@ import secrets
 from dataclasses import dataclass
 
 from expertmesh.rpc.deadline import MAX_TIMEOUT_S
+from expertmesh.serving.requests import (
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_PENALTY,
+    MAX_STOP_IDS,
+    MAX_STOPS,
+    MAX_TEMPERATURE,
+)
 from expertmesh.v1 import inference_pb2
 from expertmesh.v1.inference_pb2 import GenerateRequest
 
@@ -19,9 +27,6 @@ from .infer import CONTRACTS
 from .prompts import read_chat, read_prompts
 
 DEFAULT_TIMEOUT_S = 600.0  # as long as OpenAI's own client waits
-MAX_CHOICES = 16
-MAX_STOPS = 16
-MAX_STOP_IDS = 64
 ROUTES = {"mesh": inference_pb2.ROUTE_MESH, "full-model": inference_pb2.ROUTE_FULL_MODEL}
 # Fields that say who asks, not what.
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier")
@@ -85,7 +90,7 @@ def read_chat_completion(fields: Fields) -> Call:
         raise fields.error("max_tokens", "differs from max_completion_tokens; give one of them")
     if (max_tokens := old if new is None else new) is not None:
         base.max_tokens = max_tokens
-    logprobs, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, 20)
+    logprobs, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, MAX_LOGPROBS)
     if top is not None and not logprobs:
         raise fields.error("top_logprobs", "needs logprobs to be true")
     fields.neutral("tools", [])
@@ -102,11 +107,11 @@ def read_chat_completion(fields: Fields) -> Call:
 def _read_sampling(fields: Fields) -> GenerateRequest:
     """What both routes have in common; limits are those that the contract names."""
     request = GenerateRequest(
-        temperature=fields.number("temperature", 0, 100),
+        temperature=fields.number("temperature", 0, MAX_TEMPERATURE),
         top_k=fields.integer("top_k", 0),
         top_p=fields.number("top_p", 0, 1, above=True),
         min_p=fields.number("min_p", 0, 1),
-        repetition_penalty=fields.number("repetition_penalty", 0, 100, above=True),
+        repetition_penalty=fields.number("repetition_penalty", 0, MAX_PENALTY, above=True),
         seed=fields.integer("seed", 0, UINT64_MAX),
         stop=fields.strings("stop", MAX_STOPS),
         stop_ids=fields.integers("stop_token_ids", MAX_STOP_IDS),

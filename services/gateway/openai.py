@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -115,11 +115,7 @@ def openai_routes(inference: InferenceServicer, model: ServedModel, token_texts:
 def _messages(
     inference: InferenceServicer, call: Call, deadline: Deadline
 ) -> AsyncGenerator[tuple[int, GenerateResponse], None]:
-    streams = [
-        cast("AsyncGenerator[GenerateResponse, None]", inference.generate(request, deadline))
-        for request in call.requests
-    ]
-    return merged(streams)
+    return merged([inference.generate(request, deadline) for request in call.requests])
 
 
 def _fields(data: bytes, example: str) -> Fields:

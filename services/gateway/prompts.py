@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from expertmesh.serving.requests import MAX_MESSAGES
 from expertmesh.v1.inference_pb2 import GenerateRequest
 from expertmesh.v1.tokenizer_pb2 import Chat, ChatMessage
 
@@ -11,7 +12,6 @@ from .fields import Fields
 
 MAX_PROMPTS = 64
 MAX_PROMPT_IDS = 2**20
-MAX_MESSAGES = 4096
 
 
 def read_prompts(fields: Fields, context: int) -> list[GenerateRequest]:
