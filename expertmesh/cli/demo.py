@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated
 
@@ -17,27 +18,75 @@ from expertmesh.cli.classify import read_lines
 from expertmesh.client import Client
 from expertmesh.errors import SetupError
 from expertmesh.serving.inference import route_name
-from expertmesh.v1.inference_pb2 import CONTRACT_MESH_ONLY, ROUTE_FULL_MODEL, Classification, ClassifyResponse
+from expertmesh.v1.inference_pb2 import (
+    CONTRACT_EXACT,
+    CONTRACT_MESH_ONLY,
+    ROUTE_FULL_MODEL,
+    ROUTE_MESH,
+    Classification,
+    ClassifyResponse,
+    GenerateRequest,
+    Route,
+)
+from expertmesh.v1.sampling_pb2 import TokenLogprobs
 
 SHOWN_CHARACTERS = 58
+SHOWN_TOKENS = 120
+SEED = 1
 
 
 def demo(
     model: placement.Model = placement.DEFAULT_MODEL,
     file: Annotated[Path, typer.Option(help="Raw texts, one a line.")] = Path("examples/headlines.txt"),
+    generator: Annotated[Path | None, typer.Option(help="A model that generates, to be shown as well.")] = None,
+    prompt: Annotated[str, typer.Option(help="What it goes on from.")] = "ROMEO:",
 ) -> None:
     """Starts a mesh, classifies every text through both routes, compares the bits, stops everything."""
     texts = [line.text for line in read_lines(file) if not line.error]
     if not texts:
         raise SetupError(f"{file} holds no text")
-    if not session.run(_demo(model, texts)):
+    equal = session.run(_classify(model, texts))
+    if generator is not None:
+        print()
+        equal &= session.run(_generate(generator, prompt))
+    if not equal:
         raise typer.Exit(1)
 
 
-async def _demo(model: Path, texts: list[str]) -> bool:
+async def _generate(model: Path, prompt: str) -> bool:
+    wish = GenerateRequest(text=prompt, max_tokens=SHOWN_TOKENS, temperature=0.8, seed=SEED, logprobs=0)
     async with session.temporary_mesh(model, placement.read_options()) as mesh, Client(mesh.grpc) as client:
-        assert mesh.plan is not None
-        print(f"{len(mesh.plan.processes)} processes are up: {', '.join(p.name for p in mesh.plan.processes)}")
+        _tell_processes(mesh)
+        print(f"\n{prompt}", end="", flush=True)
+        tokens: list[TokenLogprobs] = []
+        async with aclosing(client.generate(_by(wish, ROUTE_MESH))) as messages:
+            async for message in messages:
+                print(message.text, end="", flush=True)
+                tokens.extend(message.tokens)
+        reference = (await client.complete(_by(wish, ROUTE_FULL_MODEL))).choices[0]
+    equal = tokens == list(reference.tokens)
+    if equal:
+        print(f"\n\nboth routes gave the same {len(tokens)} tokens, and their log probabilities were bit-equal")
+    else:
+        print("\n\nTHE ROUTES DIFFER in tokens or log probabilities")
+    return equal
+
+
+def _by(wish: GenerateRequest, route: Route) -> GenerateRequest:
+    request = GenerateRequest(route=route, contract=CONTRACT_MESH_ONLY if route == ROUTE_MESH else CONTRACT_EXACT)
+    request.MergeFrom(wish)
+    return request
+
+
+def _tell_processes(mesh: session.Session) -> None:
+    assert mesh.plan is not None
+    names = ", ".join(process.name for process in mesh.plan.processes)
+    print(f"{len(mesh.plan.processes)} processes are up: {names}")
+
+
+async def _classify(model: Path, texts: list[str]) -> bool:
+    async with session.temporary_mesh(model, placement.read_options()) as mesh, Client(mesh.grpc) as client:
+        _tell_processes(mesh)
         through_mesh = await client.classify(texts, contract=CONTRACT_MESH_ONLY, include_experts=True)
         through_full = await client.classify(texts, route=ROUTE_FULL_MODEL, include_experts=True)
     _show(texts, through_mesh, through_full)
