@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from expertmesh.rpc.deadline import MAX_TIMEOUT_S
 from expertmesh.serving.requests import (
+    GENERATE_TIMEOUT_S,
     MAX_CHOICES,
     MAX_LOGPROBS,
     MAX_PENALTY,
@@ -26,7 +27,6 @@ from .fields import UINT64_MAX, Fields
 from .infer import CONTRACTS
 from .prompts import read_chat, read_prompts
 
-DEFAULT_TIMEOUT_S = 600.0  # as long as OpenAI's own client waits
 ROUTES = {"mesh": inference_pb2.ROUTE_MESH, "full-model": inference_pb2.ROUTE_FULL_MODEL}
 # Fields that say who asks, not what.
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier")
@@ -144,4 +144,4 @@ def _finish(fields: Fields, base: GenerateRequest, prompts: list[GenerateRequest
         base.seed = secrets.randbits(53)  # every JSON reader holds it exactly
     for prompt in prompts:
         prompt.MergeFrom(base)
-    return Call(prompts, base.n, logprobs, stream, include_usage, timeout_s or DEFAULT_TIMEOUT_S)
+    return Call(prompts, base.n, logprobs, stream, include_usage, timeout_s or GENERATE_TIMEOUT_S)
