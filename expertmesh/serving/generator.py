@@ -36,7 +36,7 @@ from expertmesh.v1.inference_pb2 import (
 from expertmesh.v1.tokenizer_pb2 import EncodePromptRequest
 
 DECODE_LIMITS = Limits(pass_texts=512, waiting_texts=2**16)
-SEED_BITS = 64
+SEED_BITS = 53  # what a JSON number holds exactly in every language
 
 
 class TokenSource(Protocol):

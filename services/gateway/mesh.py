@@ -31,6 +31,7 @@ from expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
 from expertmesh.v1.inspection_pb2_grpc import InspectionServiceStub
 from expertmesh.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 
+ANSWER_CALLERS = ("tokenizer", "full_model")  # what they refuse is the caller's text; other requests are the mesh's own
 MESSAGE_MARGIN_BYTES = 64 * 2**10  # for what a message has beside its rows
 
 
@@ -81,7 +82,8 @@ class Mesh:
         self.manifest = manifest
         self.wire_dtype = wire.ROW_DTYPES[wire_dtype or manifest.spec.dtype]
         self.narrows = wire_dtype not in ("", "float32", manifest.spec.dtype)
-        self.message_rows = max(1, (max_message_bytes - MESSAGE_MARGIN_BYTES) // (4 * manifest.spec.width))
+        self.message_rows = max(1, (max_message_bytes - ANSWER_CALLERS = ("tokenizer", "full_model")  # what they refuse is the caller's text; other requests are the mesh's own
+MESSAGE_MARGIN_BYTES) // (4 * manifest.spec.width))
         self._connect = partial(open_channel, max_message_bytes=max_message_bytes, tracing=tracing)
         self.tokenizer = self._single(mesh_file, "tokenizer", manifest.tokenizer_parts())
         self.embedding = self._single(mesh_file, "embedding", [names.embedding_part()])
@@ -217,7 +219,7 @@ class Mesh:
             _STUBS[service.kind],
             partial(require_parts, kind=service.kind, model_digest=self.manifest.digest, parts=digests),
             self._follow_event,
-            refusals_are_faults=service.kind != "full_model",
+            refusals_are_faults=service.kind not in ANSWER_CALLERS,
         )
 
     def _follow_event(self, happened: ReplicaEvent) -> None:
