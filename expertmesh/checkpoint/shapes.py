@@ -28,8 +28,11 @@ class PartShapes:
         """Shape by name of the tensors of one part."""
         kind = self._kind(part)
         if kind not in self._known:
-            with torch.device("meta"):
-                module = self._module(part)
+            try:
+                with torch.device("meta"):
+                    module = self._module(part)
+            except RuntimeError as error:  # a product of sizes that no machine can count
+                raise BadCheckpoint(f"part {part}: the sizes of the spec are too large: {error}") from None
             self._known[kind] = {name: tuple(value.shape) for name, value in module.state_dict().items()}
         return self._known[kind]
 

@@ -17,7 +17,7 @@ from expertmesh.checkpoint.parts import write_part
 from expertmesh.checkpoint.shapes import PartShapes, check_shapes
 from expertmesh.checkpoint.sources import SPEC_FILE, TOKENIZER_FOLDER, WEIGHTS_FILE, Source, open_source
 from expertmesh.checkpoint.tokenizer import load_tokenizer
-from expertmesh.errors import BadCheckpoint
+from expertmesh.errors import BadCheckpoint, SetupError
 
 __all__ = ["SPEC_FILE", "WEIGHTS_FILE", "Progress", "split"]
 
@@ -45,7 +45,17 @@ def split(
 
     Raises:
         BadCheckpoint: The source is missing, damaged, or not complete, or the target is some other folder.
+        SetupError: The target cannot be written.
     """
+    try:
+        return _split(source, target, name, progress, dtype, context)
+    except OSError as error:
+        raise SetupError(f"{target} cannot be written: {error.strerror or error}") from None
+
+
+def _split(
+    source: Path | Source, target: Path, name: str, progress: Progress | None, dtype: str | None, context: int | None
+) -> Manifest:
     if target.exists() and not target.is_dir():
         raise BadCheckpoint(f"{target} is no folder; choose another one")
     if target.exists() and any(target.iterdir()) and not (target / FILE_NAME).is_file():
@@ -55,12 +65,13 @@ def split(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         draft = Path(scratch) / target.name
-        parts = _write_parts(opened, draft, progress)
-        for file, data in sorted(tokenizer_files.items()):
-            parts[f"{TOKENIZER_FOLDER}/{file}"] = _write(draft, f"{TOKENIZER_FOLDER}/{file}", data)
+        names = {file: f"{TOKENIZER_FOLDER}/{file}" for file in sorted(tokenizer_files)}
+        parts = {part: _write(draft, part, tokenizer_files[file]) for file, part in names.items()}
+        load_tokenizer(draft, Manifest("", opened.spec, parts))  # before the weights, which take longer
+        parts |= _write_parts(opened, draft, progress)
         manifest = Manifest(name or opened.name, opened.spec, parts)
         manifest.write(draft)
-        load_tokenizer(draft, Manifest.read(draft))  # what no service could load is never put in place
+        Manifest.read(draft)  # what no service could load is never put in place
         _keep_others(target, draft)
         if target.exists():
             target.rename(Path(scratch) / "replaced")

@@ -21,6 +21,8 @@ from expertmesh.errors import BadCheckpoint
 
 MAX_HEADER_BYTES = 100 * 10**6
 MAX_TENSORS = 500_000
+MAX_DIMENSIONS = 8
+MAX_SIZE = 2**62
 CHUNK_BYTES = 16 * 2**20
 
 DTYPES = {
@@ -128,6 +130,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         BadCheckpoint: The file is missing, truncated, no safetensors, or its header contradicts itself or the file.
     """
+    if not path.is_file():
+        raise BadCheckpoint(f"there is no file {path}")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -159,7 +163,7 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, begin, end]
-        if not all(type(number) is int and number >= 0 for number in numbers) or len(entry) != 3:
+        if len(entry) != 3 or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, numbers)):
             raise ValueError
         if code not in DTYPES:
             raise BadCheckpoint(f"{path}: tensor {name!r} has dtype {code!r}, which is not understood")
@@ -169,6 +173,10 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     if tensor.size_bytes != end - begin:
         raise BadCheckpoint(f"{path}: tensor {name!r} has {end - begin} bytes, its shape needs {tensor.size_bytes}")
     return tensor
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SIZE
 
 
 def _what_it_is(start: bytes, length: int, size: int) -> str:

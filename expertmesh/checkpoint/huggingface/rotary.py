@@ -18,6 +18,7 @@ from torch import Tensor
 from expertmesh.checkpoint.huggingface.config import Config, shown
 from expertmesh.model.spec import RotarySpec
 
+MAX_HEAD_WIDTH = 2**16
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _KEYS = {
     "default": set[str](),
@@ -98,7 +99,7 @@ class Rope:
             phi_scales: Whether the magnitude of longrope is `short_mscale` or `long_mscale`, as phimoe has it.
         """
         width = int(head_width * self._number("partial_rotary_factor"))
-        if width < 2 or width % 2 or width > head_width:
+        if width < 2 or width % 2 or not width <= head_width <= MAX_HEAD_WIDTH:
             raise self.config.error(f"{width} of a head's {head_width} elements cannot be rotated in pairs")
         if self._number("rope_theta") <= 1:
             raise self.config.error("rope_theta must be greater than 1")
