@@ -5,6 +5,7 @@ import pytest
 
 from expertmesh.errors import SetupError
 from expertmesh.train.data import Row, description_key, is_heldout, read_rows, split
+from expertmesh.train.texts import lines_of, read_text, read_texts
 
 STORY = "Oil prices rose past {} dollars a barrel on Friday, said the minister of a country that exports a lot of it."
 
@@ -112,3 +113,38 @@ def test_a_header_may_be_written_as_others_write_it(tmp_path, header):
     path = tmp_path / "train.csv"
     path.write_text(f'{header}\n"2",Title,Text\n', encoding="utf-8-sig")
     assert [(row.label, row.title, row.description) for row in read_rows(path, 4)] == [(1, "Title", "Text")]
+
+
+def test_the_last_tenth_of_the_first_text_is_held_out(tmp_path):
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text("ä123456789" * 2, encoding="utf-8")
+    second.write_text("all of it\n")
+    texts = read_texts([first, second])
+    assert texts.main == "ä123456789ä1234567"
+    assert texts.heldout == "89"
+    assert texts.others == ("all of it\n",)
+
+
+def test_wikitext_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "wiki.tokens"
+    path.write_text(
+        " \n = Title = \n \n The \" well @-@ known \" cat ( of 1 @,@ 000 ) <unk> did n't , it 's said , run .  \n",
+        encoding="utf-8",
+    )
+    assert read_text(path) == "= Title =\n\nThe \"well-known\" cat (of 1,000) didn't, it's said, run.\n"
+
+
+def test_lines_of_a_text_are_the_text():
+    text = "ROMEO:\nSpeak.\n\n\nJULIET:\nGo"
+    assert lines_of(text) == ["ROMEO:\n", "Speak.\n\n\n", "JULIET:\n", "Go"]
+
+
+def test_a_text_that_is_missing_or_no_text_or_too_short_is_a_setup_error(tmp_path):
+    with pytest.raises(SetupError, match=r"none\.txt: cannot be read"):
+        read_texts([tmp_path / "none.txt"])
+    (tmp_path / "binary.txt").write_bytes(b"good\xff")
+    with pytest.raises(SetupError, match=r"not UTF-8.*byte 4"):
+        read_texts([tmp_path / "binary.txt"])
+    (tmp_path / "short.txt").write_text("")
+    with pytest.raises(SetupError, match="too short"):
+        read_texts([tmp_path / "short.txt"])

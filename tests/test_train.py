@@ -16,6 +16,7 @@ from expertmesh.model.spec import ModelSpec
 from expertmesh.tokenization.tokenizer import Encoded, Tokenizer
 from expertmesh.train import checkpoint
 from expertmesh.train.batches import TrainingBatches, batched, thinned_out
+from expertmesh.train.classification import Classification
 from expertmesh.train.config import TrainConfig
 from expertmesh.train.data import Row, split
 from expertmesh.train.evaluation import evaluate
@@ -90,7 +91,7 @@ def changed(**settings):
 
 
 def trainer(config, parts, tokenizer, out):
-    return Trainer(config, parts, "digest of the data", tokenizer, out, Console(quiet=True))
+    return Trainer(config, Classification(config, parts, tokenizer), "digest of the data", out, Console(quiet=True))
 
 
 def assert_same_bits(first, second):
@@ -255,6 +256,16 @@ def test_a_configuration_that_is_no_toml_or_no_model_is_refused(tmp_path):
         TrainConfig.from_dict({"model": {"width": 3}})
 
 
+def test_a_classifier_is_trained_on_one_file(tmp_path):
+    import tomli_w
+
+    from expertmesh.cli.train import train
+
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(CONFIG))
+    with pytest.raises(SetupError, match="one file, not 2"):
+        train(tmp_path / "config.toml", [tmp_path / "a.csv", tmp_path / "b.csv"], tmp_path / "out")
+
+
 def test_a_vocabulary_that_does_not_fit_the_model_is_refused(parts, tokenizer, tmp_path):
     config = TrainConfig.from_dict({**CONFIG, "model": {**CONFIG["model"], "embedding": {"vocab": 20}}})
     with pytest.raises(SetupError, match="pieces"):
@@ -274,10 +285,10 @@ def test_the_command_trains_and_goes_on(parts, tmp_path):
             (row.label + 1, row.title, row.description) for row in parts.training + parts.heldout
         )
     config.write_text(tomli_w.dumps({**CONFIG, "train": {**CONFIG["train"], "epochs": 1}}))
-    train(config, data, out)
+    train(config, [data], out)
     Tokenizer.load(out / "tokenizer")
     before = (out / "model.safetensors").read_bytes()
     with pytest.raises(SetupError, match="--resume"):
-        train(config, data, out)
-    train(config, data, out, resume=True)
+        train(config, [data], out)
+    train(config, [data], out, resume=True)
     assert (out / "model.safetensors").read_bytes() == before

@@ -1,4 +1,4 @@
-"""`expertmesh eval`: accuracy and confusions on labelled data, through either route."""
+"""`expertmesh eval`: a classifier's accuracy and confusions through either route, or how well texts are foretold."""
 
 from __future__ import annotations
 
@@ -20,19 +20,45 @@ from expertmesh.evaluation import Labelled, fair_shares, label_texts, wilson_int
 from expertmesh.serving.inference import parse_route
 from expertmesh.v1.inference_pb2 import Route
 
+MAX_WINDOW = 4096
+
 
 def eval(
     run_dir: placement.RunDir,
-    data: Annotated[Path, typer.Option(help="CSV file of class,title,description; .xz is unpacked.")],
+    data: Annotated[
+        Path, typer.Option(help="CSV file of class,title,description, .xz is unpacked; for a language model a text.")
+    ],
     model: placement.Model = placement.DEFAULT_MODEL,
-    route: Annotated[str, typer.Option(help="mesh or full-model.")] = "mesh",
-    held_out: Annotated[bool, typer.Option("--held-out", help="Only the rows that training holds out.")] = False,
+    route: Annotated[
+        str, typer.Option(help="mesh or full-model; a language model is measured in this process.")
+    ] = "mesh",
+    held_out: Annotated[bool, typer.Option("--held-out", help="Only what training on this file holds out.")] = False,
     address: Annotated[str, typer.Option(help="gRPC address of a gateway; by default the mesh that `up` runs.")] = "",
+    window: Annotated[
+        int, typer.Option(help="Of a language model: most tokens in view; 0: its context, at most 4096.", min=0)
+    ] = 0,
+    stride: Annotated[
+        int, typer.Option(help="Of a language model: tokens that each window adds; 0: half a window.", min=0)
+    ] = 0,
 ) -> None:
-    """Prints accuracy with its 95 % interval, a table of confusions, and the load of every expert."""
+    """Prints a classifier's accuracy or a language model's nats per character, and the load of every expert."""
+    manifest = Manifest.read(model)
+    if manifest.spec.generates:
+        if address or route != "mesh":
+            raise SetupError("a language model is measured in this process: neither --address nor --route applies")
+        _foretell(model, manifest, data, held_out, window, stride)
+    elif window or stride:
+        raise SetupError("--window and --stride are for language models")
+    else:
+        _classify(model, manifest, data, held_out, route, address, run_dir)
+
+
+def _classify(
+    model: Path, manifest: Manifest, data: Path, held_out: bool, route: str, address: str, run_dir: Path
+) -> None:
     from expertmesh.train.data import read_rows, split
 
-    labels = Manifest.read(model).spec.head.labels
+    labels = manifest.spec.head.labels
     rows = read_rows(data, len(labels))
     if held_out:
         rows = split(rows).heldout
@@ -50,6 +76,34 @@ def eval(
     print(f"accuracy  {(truth == predicted).mean():.2%}  (95 % interval {low:.2%} to {high:.2%})")
     _show_confusions(labels, truth, predicted)
     show_load(given.tokens_LE)
+
+
+def _foretell(model: Path, manifest: Manifest, data: Path, held_out: bool, window: int, stride: int) -> None:
+    import torch
+
+    from expertmesh.checkpoint.load import StageLoader
+    from expertmesh.train.likelihood import measure, read_ids
+    from expertmesh.train.texts import read_text, read_texts
+
+    text = read_texts([data]).heldout if held_out else read_text(data)
+    window = window or min(manifest.spec.context, MAX_WINDOW)
+    if window > manifest.spec.context:
+        raise SetupError(f"--window {window} is more than the model's context of {manifest.spec.context}")
+    stride = stride or max(window // 2, 1)
+    if stride > window:
+        raise SetupError(f"--stride {stride} is more than the window of {window} tokens")
+    ids = read_ids(model, manifest, text)
+    full = StageLoader(model, torch.device("cpu")).full_model()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=None)
+        told = measure(full, ids, window, stride, lambda done, of: progress.update(task, completed=done, total=of))
+    print(f"characters          {ids.characters}")
+    print(f"tokens              {told.tokens}")
+    print(f"nats per character  {told.nats / ids.characters:.4f}")
+    print(f"nats per token      {told.nats / told.tokens:.4f}")
+    print(f"tokens in view      {window}, windows {stride} apart: tokens see at least {window - stride} before them,")
+    print("                    but in the first window, which begins where the text does")
+    show_load(told.counts_LE)
 
 
 async def label(texts: list[str], route: Route, address: str, run_dir: Path, model: Path) -> Labelled:

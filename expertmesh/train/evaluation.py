@@ -1,4 +1,4 @@
-"""How good a model is on texts it has not seen, and how evenly it uses its experts."""
+"""How good a classifier is on texts it has not seen, and how evenly it uses its experts."""
 
 from __future__ import annotations
 
@@ -8,28 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from expertmesh.dispatch import Gate, Gated, StageCall
 from expertmesh.model.full import FullModel
 from expertmesh.train.batches import Batch
-
-
-class Routes:
-    """Observes a forward pass and keeps what every layer's router decided."""
-
-    def __init__(self) -> None:
-        self.gated: dict[int, Gated] = {}
-
-    def __call__(self, call: StageCall, result: Any) -> None:
-        """Takes a stage call and its result (see `FullModel.forward`)."""
-        if isinstance(call, Gate):
-            self.gated[call.layer] = result
-
-    def counts_LE(self, experts: int) -> Tensor:
-        """Rows that each expert of each layer was given."""
-        ids = [gated.expert_ids_TK.reshape(-1) for _, gated in sorted(self.gated.items())]
-        return torch.stack([torch.bincount(layer_ids, minlength=experts) for layer_ids in ids]).cpu()
+from expertmesh.train.routes import Routes, shares
 
 
 @dataclass(frozen=True)
@@ -61,7 +43,7 @@ class Evaluation:
     @property
     def shares_LE(self) -> list[list[float]]:
         """Share of a layer's rows that each expert was given."""
-        return [[float(share) for share in row] for row in self.counts_LE / self.counts_LE.sum(axis=1, keepdims=True)]
+        return shares(self.counts_LE)
 
 
 def evaluate(model: FullModel, batches: Sequence[Batch]) -> Evaluation:

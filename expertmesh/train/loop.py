@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, cast
 
 import numpy as np
 import torch
@@ -19,102 +19,86 @@ from rich.console import Console
 from expertmesh.errors import SetupError
 from expertmesh.model.full import FullModel
 from expertmesh.model.gating import GatingStage
-from expertmesh.tokenization.tokenizer import Tokenizer
 from expertmesh.train import checkpoint, losses
-from expertmesh.train.batches import Batch, TrainingBatches, batched, one_hot
 from expertmesh.train.config import TrainConfig
-from expertmesh.train.data import Split
-from expertmesh.train.evaluation import Evaluation, Routes, evaluate
 from expertmesh.train.optimisation import AveragedWeights, initialise, make_optimizer, rate_at
 from expertmesh.train.report import Report
-from expertmesh.train.vectors import token_vectors
+from expertmesh.train.routes import Routes, shares
+from expertmesh.train.task import BatchT, StepLoss, Task
 
-EVALUATION_ROWS = 256
 
-
-class Trainer:
+class Trainer(Generic[BatchT]):
     """Trains one model.
 
     Args:
         config: What and how.
-        split: Rows to learn from and to judge by.
-        data_digest: SHA-256 of the file that the rows come from.
-        tokenizer: Its vocabulary must fit the model's.
+        task: What is learnt, from which data.
+        data_digest: SHA-256 of the files that the data come from.
         out: Folder of the checkpoint.
         console: Where progress is shown.
     """
 
-    def __init__(
-        self, config: TrainConfig, split: Split, data_digest: str, tokenizer: Tokenizer, out: Path, console: Console
-    ) -> None:
-        if tokenizer.vocab > config.model.embedding.vocab:
-            raise SetupError(f"the tokenizer has {tokenizer.vocab} pieces, the model {config.model.embedding.vocab}")
+    def __init__(self, config: TrainConfig, task: Task[BatchT], data_digest: str, out: Path, console: Console) -> None:
         if config.train.device == "cuda" and not torch.cuda.is_available():
             raise SetupError("train.device is 'cuda', but torch sees no such device")
-        self.config, self.split, self.data_digest, self.out, self.console = config, split, data_digest, out, console
+        self.config, self.task, self.data_digest, self.out, self.console = config, task, data_digest, out, console
         self.device = torch.device(config.train.device)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         torch.manual_seed(config.train.seed)
         self.model = FullModel(config.model, config.train.dropout)
         initialise(self.model, config.train)
-        if config.train.cooccurrence_start:
-            self._start_from_cooccurrence(tokenizer)
+        task.start(self.model)
         self.model.to(self.device)
         self.judged = FullModel(config.model).to(self.device)
         self.average = AveragedWeights(self.model, config.train.ema_decay)
         self.optimizer = make_optimizer(self.model, config.train)
-        self.batches = TrainingBatches(split.training, tokenizer, config)
-        self.heldout = _heldout_batches(split, tokenizer, config)
-        self.steps = config.train.epochs * self.batches.steps_per_epoch
+        self.steps = config.train.epochs * task.steps_per_epoch
+        self.decay_steps = config.train.decay_epochs * task.steps_per_epoch
         self.step = 0
         self.totals = _Totals(config)
         self.history: list[dict[str, Any]] = []
+        self._best: dict[str, Any] | None = None
 
     def run(self, stop_after: int | None = None) -> dict[str, Any]:
         """Trains to the end, or until `stop_after` steps of the whole run are done; gives the last report."""
-        per_epoch, save_every = self.batches.steps_per_epoch, self.config.train.save_every_steps
-        with Report(self.console, self.steps, self.step) as report:
+        per_epoch, save_every = self.task.steps_per_epoch, self.config.train.save_every_steps
+        started = time.monotonic()
+        with Report(self.console, self.task.columns, self.steps, self.step) as report:
             while self.step < self.steps:
-                started = time.monotonic()
-                for batch in self.batches.epoch(self.step // per_epoch)[self.step % per_epoch :]:
+                for batch in self.task.epoch(self.step // per_epoch)[self.step % per_epoch :]:
                     report.step(self._train_step(batch.to(self.device)))
-                    if self.step % per_epoch == 0:
-                        report.epoch(self._end_epoch(started), self.config.train.epochs)
+                    if self._is_to_be_judged():
+                        line = self._judge(started)
+                        report.epoch(line, self.config.train.epochs, self.task.cells(line))
+                        started = time.monotonic()
                     elif self.step == stop_after or (save_every and self.step % save_every == 0):
                         self._save_state()
                     if self.step == stop_after:
                         return {}
         return self._write_report()
 
-    def _start_from_cooccurrence(self, tokenizer: Tokenizer) -> None:
-        encoded = tokenizer.encode([row.text for row in self.split.training], self.config.model.context)
-        table = self.model.embedding.token.weight
-        ids_T, lengths_B = torch.from_numpy(encoded.ids_T).long(), torch.from_numpy(encoded.lengths_B).long()
-        table.data.copy_(
-            token_vectors(ids_T, lengths_B, table.shape[0], table.shape[1], self.config.train.embedding_std)
-        )
+    def _is_to_be_judged(self) -> bool:
+        epochs, rest = divmod(self.step, self.task.steps_per_epoch)
+        return not rest and (epochs % self.task.judge_every == 0 or self.step == self.steps)
 
-    def _train_step(self, batch: Batch) -> float:
+    def _train_step(self, batch: BatchT) -> float:
         train = self.config.train
         for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * rate_at(self.step, self.steps, train)
+            group["lr"] = group["rate"] * rate_at(self.step, self.steps, train, self.decay_steps)
         self.model.train()
         routes = Routes()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=train.autocast == "bfloat16"):
-            logits_BC = self.model(batch.ids_T, batch.lengths_B, observe=routes).logits_BC
-        task = losses.smoothed_cross_entropy(logits_BC, batch.targets_BC, train.label_smoothing)
-        loss = task + self._router_losses(routes)
-        if train.consistency_weight:
-            loss = loss + train.consistency_weight * losses.consistency_loss(*logits_BC.chunk(2))
+            logits = self.task.logits(self.model, batch, routes)
+        said = self.task.loss(logits, batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (said.loss + self._router_losses(routes)).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm, error_if_nonfinite=True)
         self.optimizer.step()
         self.average.update(self.model, self.step)
         self.step += 1
-        self.totals.add(task.item(), logits_BC, batch, routes)
-        return task.item()
+        self.totals.add(said, routes)
+        return said.sums["loss"] / said.count
 
     def _router_losses(self, routes: Routes) -> torch.Tensor:
         train, terms = self.config.train, []
@@ -125,19 +109,16 @@ class Trainer:
             terms.append(train.balance_weight * balance + train.router_z_weight * losses.router_z_loss(logits_TE))
         return torch.stack(terms).mean()
 
-    def _end_epoch(self, started: float) -> dict[str, Any]:
+    def _judge(self, started: float) -> dict[str, Any]:
         stored = checkpoint.to_storage(self._weights(), self.config.train.storage_dtype)
         self.judged.load_state_dict(stored)
-        judged = evaluate(self.judged, self.heldout)
-        rank = (judged.accuracy, -judged.loss)
-        best = all(rank > (line["heldout_accuracy"], -line["heldout_loss"]) for line in self.history)
+        judged = self.task.judge(self.judged)
+        best = self._best is None or judged.rank > tuple(self._best["rank"])
         self.history.append(
             {
-                "epoch": len(self.history) + 1,
+                "epoch": self.step // self.task.steps_per_epoch,
                 **self.totals.means(),
-                "heldout_loss": judged.loss,
-                "heldout_accuracy": judged.accuracy,
-                "heldout_expert_shares": judged.shares_LE,
+                **judged.line,
                 "best": best,
                 "seconds": time.monotonic() - started,
             }
@@ -145,7 +126,7 @@ class Trainer:
         self.totals = _Totals(self.config)
         if best:
             digest = checkpoint.write_weights(self.out, self.config.model, stored)
-            self._best = {"weights_sha256": digest, "heldout": _judgement(judged, self.config)}
+            self._best = {"rank": list(judged.rank), "told": {"weights_sha256": digest, "heldout": judged.heldout}}
         self._write_report()
         self._save_state()
         return self.history[-1]
@@ -157,16 +138,11 @@ class Trainer:
         report = {
             "config": self.config.to_dict(),
             "data_sha256": self.data_digest,
-            "rows": {
-                "training": len(self.split.training),
-                "heldout": len(self.split.heldout),
-                "duplicates_left_out": self.split.duplicates,
-                "near_heldout_left_out": self.split.guarded,
-            },
+            **self.task.data,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "torch": torch.__version__,
             "epochs": self.history,
-            **self._best,
+            **(self._best["told"] if self._best else {}),
         }
         checkpoint.write_json(self.out / checkpoint.REPORT_FILE, report)
         return report
@@ -181,10 +157,11 @@ class Trainer:
             tensors["generator.cuda"] = torch.cuda.get_rng_state()
         progress = {
             "run": self._run_digest(),
+            "epochs": self.config.train.epochs,
             "step": self.step,
             "totals": self.totals.values,
             "history": self.history,
-            "best": getattr(self, "_best", None),
+            "best": self._best,
         }
         checkpoint.write_state(self.out, checkpoint.ResumeState(tensors, progress))
 
@@ -192,11 +169,13 @@ class Trainer:
         """Goes back to where the last state in the folder was written.
 
         Raises:
-            SetupError: There is none, or it is of another configuration or other data.
+            SetupError: There is none, or it is of another configuration or other data. Only the number of epochs may
+                be another, as long as the rate is constant and has not begun to fall.
         """
         state = checkpoint.read_state(self.out)
         progress, tensors = state.progress, state.tensors
-        if progress["run"] != self._run_digest():
+        same_length = progress["epochs"] == self.config.train.epochs
+        if progress["run"] != self._run_digest() or not (same_length or self._knew_no_end(progress)):
             raise SetupError(f"{self.out}: its state is of another configuration or other data; train anew without it")
         self.model.load_state_dict(_named(tensors, "model."))
         self.average.weights = {n: w.to(self.device) for n, w in _named(tensors, "average.").items()}
@@ -210,51 +189,43 @@ class Trainer:
             torch.cuda.set_rng_state(tensors["generator.cuda"])
         self.step, self.history = progress["step"], progress["history"]
         self.totals.values = progress["totals"]
-        if progress["best"]:
-            self._best = progress["best"]
+        self._best = progress["best"]
+
+    def _knew_no_end(self, progress: dict[str, Any]) -> bool:
+        """Whether a state would be the same had its run been meant for as many epochs as this one.
+
+        That is so where the rate is constant, and no run of the two has come to its last epochs, which are different.
+        """
+        train, last = self.config.train, max(self.config.train.decay_epochs, self.config.texts.last_epochs)
+        epochs = progress["step"] / self.task.steps_per_epoch
+        warm = train.warmup_steps <= min(progress["epochs"], train.epochs) * self.task.steps_per_epoch // 2
+        return train.decay_epochs > 0 and warm and epochs <= min(progress["epochs"], train.epochs) - last
 
     def _run_digest(self) -> str:
-        told = json.dumps([self.config.to_dict(), self.data_digest], sort_keys=True)
+        values = self.config.to_dict()
+        del values["train"]["epochs"]
+        told = json.dumps([values, self.data_digest], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()
 
 
 class _Totals:
-    """Sums over the training steps of an epoch."""
+    """Sums over the training steps since the last judgement."""
 
     def __init__(self, config: TrainConfig) -> None:
-        shape = (config.model.layers, config.model.router.experts)
-        self.values: dict[str, Any] = {"loss": 0.0, "right": 0, "rows": 0, "counts_LE": np.zeros(shape, int).tolist()}
+        shape = (len(config.model.sparse_layers), config.model.router.experts)
+        self.values: dict[str, Any] = {"count": 0, "sums": {}, "counts_LE": np.zeros(shape, int).tolist()}
 
-    def add(self, loss: float, logits_BC: torch.Tensor, batch: Batch, routes: Routes) -> None:
-        values, rows = self.values, len(batch.lengths_B)
-        counts_LE = routes.counts_LE(len(values["counts_LE"][0])).numpy()
-        values["loss"] += loss * rows
-        values["right"] += int((logits_BC.argmax(dim=1) == batch.targets_BC.argmax(dim=1)).sum())
-        values["rows"] += rows
-        values["counts_LE"] = (np.array(values["counts_LE"]) + counts_LE).tolist()
+    def add(self, said: StepLoss, routes: Routes) -> None:
+        values = self.values
+        values["count"] += said.count
+        for name, value in said.sums.items():
+            values["sums"][name] = values["sums"].get(name, 0.0) + value
+        counts_LE = np.array(values["counts_LE"])
+        values["counts_LE"] = (counts_LE + routes.counts_LE(counts_LE.shape[1]).numpy()).tolist()
 
     def means(self) -> dict[str, Any]:
-        values, counts_LE = self.values, np.array(self.values["counts_LE"])
-        return {
-            "loss": values["loss"] / values["rows"],
-            "accuracy": values["right"] / values["rows"],
-            "expert_shares": (counts_LE / counts_LE.sum(axis=1, keepdims=True)).tolist(),
-        }
-
-
-def _heldout_batches(split: Split, tokenizer: Tokenizer, config: TrainConfig) -> list[Batch]:
-    encoded = tokenizer.encode([row.text for row in split.heldout], config.model.context)
-    targets_BC = one_hot(split.heldout, len(config.model.head.labels))
-    return batched(encoded.ids_T, encoded.lengths_B, targets_BC, EVALUATION_ROWS)
-
-
-def _judgement(judged: Evaluation, config: TrainConfig) -> dict[str, Any]:
-    return {
-        "accuracy": judged.accuracy,
-        "loss": judged.loss,
-        "confusion": judged.confusion_CC(len(config.model.head.labels)),
-        "expert_shares": judged.shares_LE,
-    }
+        means = {name: value / self.values["count"] for name, value in self.values["sums"].items()}
+        return means | {"expert_shares": shares(np.array(self.values["counts_LE"]))}
 
 
 def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

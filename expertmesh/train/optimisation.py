@@ -8,15 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from expertmesh.model.full import FullModel
-from expertmesh.train.config import TrainSettings
+from expertmesh.train.settings import TrainSettings
 
 
 def initialise(model: FullModel, settings: TrainSettings) -> None:
-    """Draws small embeddings; bigrams and positions start near zero and so only say what they have learnt."""
+    """Draws small embeddings; bigrams and positions start near zero and so only say what they have learnt.
+
+    In a language model, which is deeper, what layers add to the residual stream starts smaller the more there are
+    (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019).
+    """
+    embedding = model.spec.embedding
     nn.init.normal_(model.embedding.token.weight, std=settings.embedding_std)
-    nn.init.normal_(model.embedding.position.weight, std=settings.bigram_std)
-    if model.embedding.bigram_buckets:
+    if embedding.learned_positions:
+        nn.init.normal_(model.embedding.position.weight, std=settings.bigram_std)
+    if embedding.bigram_buckets:
         nn.init.normal_(model.embedding.bigram.weight, std=settings.bigram_std)
+    if model.spec.generates:
+        for name, parameter in model.named_parameters():
+            if name.startswith(("gating.", "experts.")) and name.endswith(("out.weight", "down.weight")):
+                parameter.data.mul_((2 * model.spec.layers) ** -0.5)
 
 
 def make_optimizer(model: FullModel, settings: TrainSettings) -> torch.optim.AdamW:
@@ -36,13 +46,21 @@ def make_optimizer(model: FullModel, settings: TrainSettings) -> torch.optim.Ada
     )
 
 
-def rate_at(step: int, steps: int, settings: TrainSettings) -> float:
-    """The learning rate of step `step` of `steps`, counted from 0: linear warm-up, then a cosine."""
+def rate_at(step: int, steps: int, settings: TrainSettings, decay_steps: int = 0) -> float:
+    """The learning rate of step `step` of `steps`, counted from 0: linear warm-up, then a cosine.
+
+    With `decay_steps` it stays at its peak and falls along a line in the last `decay_steps`, so that until then
+    nobody needs to know how long the run will be (Haegele et al., "Scaling Laws and Compute-Optimal Training Beyond
+    Fixed Training Durations", 2024).
+    """
     warmup = min(settings.warmup_steps, steps // 2)
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
-    cosine = (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
-    return settings.learning_rate * (settings.final_rate + (1 - settings.final_rate) * cosine)
+    if decay_steps:
+        left = min((steps - step) / decay_steps, 1.0)
+    else:
+        left = (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+    return settings.learning_rate * (settings.final_rate + (1 - settings.final_rate) * left)
 
 
 class AveragedWeights:

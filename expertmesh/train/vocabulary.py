@@ -12,7 +12,7 @@ from expertmesh.errors import SetupError
 from expertmesh.tokenization.normalizer import KEPT_PUNCTUATION, Normalizer
 from expertmesh.tokenization.tokenizer import MODEL_FILE, NORMALIZER_FILE, Tokenizer
 from expertmesh.train.checkpoint import write_atomically
-from expertmesh.train.config import TokenizerConfig
+from expertmesh.train.settings import TokenizerConfig
 
 WORD_START = "\u2581"
 
