@@ -82,8 +82,7 @@ class Mesh:
         self.manifest = manifest
         self.wire_dtype = wire.ROW_DTYPES[wire_dtype or manifest.spec.dtype]
         self.narrows = wire_dtype not in ("", "float32", manifest.spec.dtype)
-        self.message_rows = max(1, (max_message_bytes - ANSWER_CALLERS = ("tokenizer", "full_model")  # what they refuse is the caller's text; other requests are the mesh's own
-MESSAGE_MARGIN_BYTES) // (4 * manifest.spec.width))
+        self.message_rows = max(1, (max_message_bytes - MESSAGE_MARGIN_BYTES) // (4 * manifest.spec.width))
         self._connect = partial(open_channel, max_message_bytes=max_message_bytes, tracing=tracing)
         self.tokenizer = self._single(mesh_file, "tokenizer", manifest.tokenizer_parts())
         self.embedding = self._single(mesh_file, "embedding", [names.embedding_part()])
