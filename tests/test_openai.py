@@ -16,8 +16,8 @@ from prometheus_client import REGISTRY
 
 from expertmesh.errors import DeadlineExceeded, InvalidInput, MeshError, Overloaded, Unavailable, WrongPart
 from expertmesh.v1 import inference_pb2 as pb
-from services.gateway.http import application, serve
-from services.gateway.openai import MAX_BODY_BYTES
+from services.gateway.web.application import application, serve
+from services.gateway.web.openai import MAX_BODY_BYTES
 from tests.doubles.scripted import PROFILE, Scripted, said
 
 MODEL = "tinytext"

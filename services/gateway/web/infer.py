@@ -22,7 +22,7 @@ from expertmesh.v1.inference_pb2 import ClassifyRequest, ClassifyResponse
 
 from .body import parse_object, read
 from .endpoint import Endpoint, unless_left
-from .http_errors import api_error
+from .errors import api_error
 
 MAX_BODY_BYTES = 8 * MAX_TEXT_BYTES  # JSON may write one byte of text as \u00XX
 CONTRACTS = {

@@ -18,7 +18,7 @@ from expertmesh.rpc.settings import parse_host_port
 from expertmesh.serving.inference import InferenceServicer
 from expertmesh.telemetry import metrics
 
-from .http_errors import no_such_route
+from .errors import no_such_route
 from .infer import infer_routes
 from .openai import ServedModel, openai_routes
 from .replies import TokenTexts

@@ -20,7 +20,7 @@ from .body import parse_object, read
 from .calls import Call, read_chat_completion, read_completion
 from .endpoint import Endpoint, unless_left
 from .fields import Fields
-from .http_errors import openai_error, openai_response
+from .errors import openai_error, openai_response
 from .prompts import read_chat
 from .replies import Replies, TokenTexts
 from .shapes import ChatShape, CompletionShape, Shape
