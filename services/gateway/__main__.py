@@ -23,11 +23,11 @@ from expertmesh.telemetry.tracing import Tracing
 from expertmesh.v1.description_pb2 import DescribeResponse
 from expertmesh.wire import ROW_DTYPES
 
-from .web.application import application, serve
 from .language import RoutedTokenizing, RoutedTokens
 from .mesh import Mesh
 from .open_inference import OpenInferenceServicer
 from .routes import RoutedClassifier
+from .web.application import application, serve
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from expertmesh.v1.inference_pb2 import GenerateResponse, TokenizeRequest
 from .body import parse_object, read
 from .calls import Call, read_chat_completion, read_completion
 from .endpoint import Endpoint, unless_left
-from .fields import Fields
 from .errors import openai_error, openai_response
+from .fields import Fields
 from .prompts import read_chat
 from .replies import Replies, TokenTexts
 from .shapes import ChatShape, CompletionShape, Shape
