@@ -7,6 +7,8 @@ this on CPU in fp32 (measured, torch 2.13, AVX-512):
 - `F.linear` changes a row when there are 1 to 3 rows, and with two threads also at other counts that are no multiple
   of 8: rows are padded to one. Narrow outputs change when the input is not aligned, which is copied, or its width
   is no multiple of 4, which is padded with zeros.
+- A product whose right matrix lies row by row, as values in attention and the transpose of a weight do, depends on a
+  row's place if that matrix has 1, 5 to 7 or 9 to 11 columns: they are padded to a multiple of 4, or it is copied.
 - `F.silu`, `torch.sigmoid` and tanh-GELU round differently in the vector body and the tail of the flat tensor: they
   are written with `exp` and a division, which do not.
 - Attention over padded keys changes with the padded length: it is made a function of the sequence's own length.
@@ -39,6 +41,8 @@ def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Ten
     x_ND = F.pad(x_ND, (0, more_columns, 0, more_rows)) if more_rows or more_columns else aligned(x_ND)
     if more_columns:
         weight_OD = F.pad(weight_OD, (0, more_columns))
+    elif len(weight_OD) % COLUMN_MULTIPLE:
+        weight_OD = weight_OD.contiguous()  # it may be a transpose
     return F.linear(x_ND, weight_OD, bias_O)[:rows]
 
 
@@ -105,8 +109,12 @@ def causal_attention(
         best_NKM = torch.maximum(best_NKM, sinks_KM)
     weights = torch.exp(scores - best_NKM[:, None, :, :, None])
     totals = weights.sum(dim=-1)
+    value_width = v_NBKSv.shape[-1]
+    if more_columns := -value_width % COLUMN_MULTIPLE:
+        v_NBKSv = F.pad(v_NBKSv, (0, more_columns))
     flat = weights.to(v_NBKSv.dtype).view(-1, rows, size)
     mixed = torch.bmm(flat, v_NBKSv.reshape(flat.shape[0], size, -1)).float().view(n, blocks, heads, rows, -1)
+    mixed = mixed[..., :value_width]
     total_NKM, mixed_NKMv = totals[:, 0], mixed[:, 0]
     for block in range(1, blocks):
         total_NKM, mixed_NKMv = total_NKM + totals[:, block], mixed_NKMv + mixed[:, block]

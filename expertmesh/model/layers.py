@@ -107,8 +107,8 @@ def table(rows: int, width: int) -> nn.Embedding:
 
 
 def narrow(module: ModuleT, dtype: torch.dtype) -> ModuleT:
-    """Converts a stage's matrices to a dtype; norms, router and what is added to its scores stay in float32."""
+    """Converts a stage's or model's matrices to a dtype; norms, routers and what is added to scores stay in float32."""
     for name, child in module.named_modules():
-        if isinstance(child, Linear | nn.Embedding) and name != "router":
+        if isinstance(child, Linear | nn.Embedding) and name.rpartition(".")[2] != "router":
             child.to(dtype)
     return module
