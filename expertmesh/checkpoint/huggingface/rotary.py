@@ -71,7 +71,7 @@ class Rope:
         if original is not None or values.get("original_max_position_embeddings") is None:
             values["original_max_position_embeddings"] = max_context if original is None else original
         kind = values["rope_type"]
-        if kind not in _KEYS:
+        if not isinstance(kind, str) or kind not in _KEYS:
             raise config.error(f"rope_type {shown(kind)} is not implemented; implemented: {', '.join(_KEYS)}")
         allowed = _COMMON | _KEYS[kind] | {"original_max_position_embeddings"}
         unknown = sorted(key for key in values.keys() - allowed if values[key] is not None)

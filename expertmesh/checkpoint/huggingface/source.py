@@ -51,15 +51,8 @@ class HuggingFaceSource:
         self.name = folder.resolve().name
         self._folder = folder
         config = Config(read_object(inside(folder, FILE_NAME), MAX_CONFIG_BYTES), str(folder / FILE_NAME), context)
-        family = _family(config)
+        family, spec, is_tied = read_model(config)
         self.kind = family.model_type
-        config.with_defaults(family.defaults)
-        spec = family.spec(config, family)
-        is_tied = config.flag("tie_word_embeddings")
-        _check_foreign(config, family)
-        if family.has_predictors:
-            config.value("num_nextn_predict_layers")  # those layers are left out
-        config.check_all_read()
         ends = _end_ids(folder, config, family, spec.embedding.vocab)
         self.spec: ModelSpec = replace(spec, dtype=dtype, head=replace(spec.head, end_ids=ends))
         self._layout = Layout(read_tensors(folder), self.spec, family, is_tied)
@@ -78,6 +71,23 @@ class HuggingFaceSource:
         if not {"tokenizer.json", "tokenizer.model"} & files.keys():
             raise BadCheckpoint(f"{self._folder} has neither tokenizer.json nor tokenizer.model")
         return files
+
+
+def read_model(config: Config) -> tuple[Family, ModelSpec, bool]:
+    """The family of a configuration, its spec without end ids, and whether the head shares the embedding's matrix.
+
+    Raises:
+        BadCheckpoint: A key has a value that is not understood, or is not understood itself.
+    """
+    family = _family(config)
+    config.with_defaults(family.defaults)
+    spec = family.spec(config, family)
+    is_tied = config.flag("tie_word_embeddings")
+    _check_foreign(config, family)
+    if family.has_predictors:
+        config.value("num_nextn_predict_layers")  # those layers are left out
+    config.check_all_read()
+    return family, spec, is_tied
 
 
 def _family(config: Config) -> Family:

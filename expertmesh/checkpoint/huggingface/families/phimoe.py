@@ -68,6 +68,7 @@ PHIMOE = Family(
         "lm_head_bias": False,
     },
     spec=_spec,
+    theta=1_000_000.0,
     remote_code=frozenset(
         {
             "configuration_phimoe.PhiMoEConfig",
