@@ -155,7 +155,7 @@ class Generator:
         ]
 
     async def _choice(self, wish: Wish, request: GenerateRequest) -> AsyncGenerator[GenerateResponse, None]:
-        stream = TextStream(request.stop)
+        stream = TextStream(request.stop, self._spec.embedding.vocab)
         async with aclosing(self._source.tokens(wish, request.contract, request.route)) as tokens:
             async for token in tokens:
                 text = await self._text(stream, token, wish.deadline)
