@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from expertmesh.model import invariant
+from expertmesh.model.layers import DTYPES, GatedMLP, LayerNorm, RMSNorm
+from expertmesh.model.router import route
+from expertmesh.model.spec import ExpertSpec, RouterSpec
 
 ROWS = 200
 LONGEST = 128
@@ -62,14 +66,15 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def at_offset(x: Tensor, floats: int) -> Tensor:
     """The same values as a view into a larger buffer, as tensors in the bytes of a message are."""
-    buffer = torch.empty(x.numel() + floats)
+    buffer = torch.empty(x.numel() + floats, dtype=x.dtype)
     view = buffer[floats:].view(x.shape)
     return view.copy_(x)
 
 
 def differing_rows(got: Tensor, wanted: Tensor) -> int:
-    assert got.shape == wanted.shape
-    unequal = got.contiguous().view(torch.int32) != wanted.contiguous().view(torch.int32)
+    assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+    bits = torch.int16 if got.dtype == torch.bfloat16 else torch.int32
+    unequal = got.contiguous().view(bits) != wanted.contiguous().view(bits)
     return int(unequal.flatten(1).any(dim=1).sum())
 
 
@@ -327,6 +332,258 @@ def test_attention_is_scaled_dot_product_attention(heads: int, width: int) -> No
         torch.testing.assert_close(got[place, :, :length].double(), wanted, atol=1e-5, rtol=1e-5)
 
 
+# any width, any dtype, matrices that lie the other way round
+
+widths = st.one_of(st.integers(1, 64), st.integers(1, 600), st.sampled_from([64, 128, 192, 256, 512]))
+outputs = st.one_of(st.integers(1, 40), st.integers(1, 600))
+dtypes = st.sampled_from(["float32", "bfloat16"])
+
+
+def changed_by_product(width: int, outputs: int, dtype: str, how: str, passes: Iterable[Company], threads: int) -> int:
+    weight_OD = normal(outputs, width, seed=1) / width**0.5
+    if how == "transposed":
+        weight_OD = weight_OD.T.contiguous().T
+    if how == "transposed part":
+        weight_OD = torch.cat([weight_OD.T, weight_OD.T]).to(DTYPES[dtype])[:width].T
+    weight_OD = weight_OD.to(DTYPES[dtype])
+    x_ND = normal(ROWS, width).to(DTYPES[dtype])
+    return changed_rows(lambda x: invariant.linear(x, weight_OD), x_ND, passes, threads)
+
+
+@few_examples
+@given(widths, outputs, dtypes, st.sampled_from(["as it is", "transposed", "transposed part"]), companies, st.data())
+def test_linear_keeps_its_promise_at_any_width(
+    width: int, outputs: int, dtype: str, how: str, company: Company, data: st.DataObject
+) -> None:
+    assert changed_by_product(width, outputs, dtype, how, [company], data.draw(one_or_two_threads)) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [12, 48, 152, 512])
+def test_linear_takes_transposed_matrices_of_every_narrow_width(width: int, dtype: str) -> None:
+    orders = [drawn(count, count, 0) for count in (3, 8, 24, 60, 200)]
+    for outputs in range(1, 26):
+        assert changed_by_product(width, outputs, dtype, "transposed", orders, 1) == 0, outputs
+
+
+@few_examples
+@given(widths, dtypes, st.sampled_from([1, 1, 2, 5]), st.booleans(), companies, one_or_two_threads)
+def test_norms_of_rows_do_not_depend_on_mates(
+    width: int, dtype: str, heads: int, rms: bool, company: Company, threads: int
+) -> None:
+    norm = (RMSNorm(width, 1e-5) if rms else LayerNorm(width, eps=1e-5)).requires_grad_(False)
+    norm.weight.normal_(generator=torch.Generator().manual_seed(1))
+    wider = normal(ROWS, heads, width + 3).to(DTYPES[dtype])
+    assert changed_rows(norm, wider[..., :width].contiguous(), [company], threads) == 0
+    assert changed_rows(lambda x: norm(x[..., :width]), wider, [company], threads) == 0
+
+
+@pytest.mark.parametrize("width", [2048, 4096, 5120])
+def test_norms_of_large_models_do_not_depend_on_mates_or_threads(width: int) -> None:
+    for norm in (RMSNorm(width, 1e-5), LayerNorm(width, eps=1e-5)):
+        norm.requires_grad_(False)
+        assert changed_rows(norm, normal(ROWS, width), SOME_COUNTS, 2) == 0
+
+
+def test_rms_norm_is_what_it_says() -> None:
+    norm = RMSNorm(51, 1e-2).requires_grad_(False)
+    norm.weight.copy_(normal(51, seed=3))
+    x = normal(7, 51).double()
+    wanted = x / (x.square().mean(dim=1, keepdim=True) + 1e-2).sqrt() * norm.weight.double()
+    torch.testing.assert_close(norm(x.float()).double(), wanted, atol=1e-6, rtol=1e-6)
+    assert norm(x.bfloat16()).dtype == torch.float32
+
+
+@few_examples
+@given(
+    widths,
+    st.integers(1, 300),
+    st.sampled_from(["swiglu", "swiglu_clamped"]),
+    st.booleans(),
+    dtypes,
+    companies,
+    one_or_two_threads,
+)
+def test_a_gated_mlp_keeps_the_promise_at_any_width(
+    width: int, inner: int, activation: str, bias: bool, dtype: str, company: Company, threads: int
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(inner)
+        mlp = GatedMLP(width, ExpertSpec(inner, activation, limit=0.5, bias=bias))
+    mlp = mlp.requires_grad_(False).to(DTYPES[dtype])
+    assert changed_rows(mlp, 3 * normal(ROWS, width).to(DTYPES[dtype]), [company], threads) == 0
+
+
+@few_examples
+@given(
+    st.sampled_from(["softmax", "softmax_top", "sigmoid", "sparsemixer"]),
+    st.sampled_from([(8, 1, 1), (13, 1, 1), (64, 1, 1), (160, 8, 3), (256, 8, 4), (12, 4, 2)]),
+    st.integers(2, 8),
+    st.booleans(),
+    st.booleans(),
+    companies,
+    one_or_two_threads,
+)
+def test_routes_do_not_depend_on_mates_even_where_scores_are_equal(
+    score: str, groups: tuple[int, int, int], top_k: int, biased: bool, ties: bool, company: Company, threads: int
+) -> None:
+    experts, count, kept = groups
+    top_k = 2 if score == "sparsemixer" else min(top_k, kept * (experts // count))
+    spec = RouterSpec(experts, top_k, score, groups=count, kept_groups=kept, group_score="top2", scale=2.5)
+    bias_E = 0.1 * normal(experts, seed=5) if biased else None
+    logits_TE = (2 * normal(ROWS, experts)).round() if ties else normal(ROWS, experts)
+    for place in (0, 1):
+        chosen = changed_rows(lambda x, at=place: route(x, spec, bias_E)[at].float(), logits_TE, [company], threads)
+        assert chosen == 0
+
+
+@few_examples
+@given(st.sampled_from([5_001, 8_192]), st.sampled_from([48, 51, 576]), companies, one_or_two_threads, dtypes)
+def test_a_vocabularys_logits_do_not_depend_on_mates(
+    vocab: int, width: int, company: Company, threads: int, dtype: str
+) -> None:
+    assert changed_by_product(width, vocab, dtype, "as it is", [company], threads) == 0
+
+
+# causal attention
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries at certain positions, keys in blocks, as `causal_attention` takes them of one sequence."""
+
+    q_KMd: Tensor
+    k_BKSd: Tensor
+    v_BKSv: Tensor
+    positions_M: Tensor
+    window: int
+    scale: float
+    sinks_K: Tensor | None
+
+    def alone(self) -> Tensor:
+        """All rows together."""
+        return self.among(torch.arange(len(self.positions_M)), 0, 0, 1, 0)
+
+    def among(self, rows: Tensor, more_rows: int, more_blocks: int, tiles: int, seed: int) -> Tensor:
+        """Some rows, padded with copies of the last, more hidden blocks behind, other tiles beside: [K, M, v]."""
+        count = len(rows)
+        places = rows[torch.arange(-(-(count + more_rows) // 8) * 8).clamp(max=count - 1)]
+        positions_M = self.positions_M[places]
+        needed = int(positions_M.max()) // 128 + 1
+        blocks, (_, heads, size, width), value_width = needed + more_blocks, self.k_BKSd.shape, self.v_BKSv.shape[-1]
+        dtype = self.q_KMd.dtype
+        q = normal(tiles, heads, len(places), width, seed=seed).to(dtype)
+        k = 5 * normal(tiles, blocks, heads, size, width, seed=seed + 1).to(dtype)
+        v = 5 * normal(tiles, blocks, heads, size, value_width, seed=seed + 2).to(dtype)
+        hidden = torch.zeros(tiles, blocks, len(places), size, dtype=torch.bool)
+        place = seed % tiles
+        q[place], k[place, :needed], v[place, :needed] = (
+            self.q_KMd[:, places],
+            self.k_BKSd[:needed],
+            self.v_BKSv[:needed],
+        )
+        keys = torch.arange(blocks * size).view(blocks, 1, size)
+        hidden[place] = keys > positions_M[:, None]
+        if self.window:
+            hidden[place] |= keys <= positions_M[:, None] - self.window
+        sinks = None if self.sinks_K is None else self.sinks_K[:, None].expand(heads, len(places))
+        return invariant.causal_attention(q, k, v, hidden, self.scale, sinks)[place, :, :count]
+
+
+def tile(width: int, value_width: int, heads: int, rows: int, blocks: int, dtype: str = "float32", **more: Any) -> Tile:
+    generator = torch.Generator().manual_seed(rows)
+    return Tile(
+        normal(heads, rows, width, seed=1).to(DTYPES[dtype]),
+        normal(blocks, heads, 128, width, seed=2).to(DTYPES[dtype]),
+        normal(blocks, heads, 128, value_width, seed=3).to(DTYPES[dtype]),
+        torch.randint(0, blocks * 128, (rows,), generator=generator),
+        **{"window": 0, "scale": width**-0.5, "sinks_K": None, **more},
+    )
+
+
+def changed_by_causal_attention(tile: Tile, threads: int, seeds: Iterable[int]) -> int:
+    torch.set_num_threads(1)
+    wanted = tile.alone()
+    torch.set_num_threads(threads)
+    changed = 0
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        count, more_rows, more_blocks, tiles = (
+            int(torch.randint(low, high, (1,), generator=generator))
+            for low, high in ((1, len(tile.positions_M) + 1), (0, 60), (0, 3), (1, 5))
+        )
+        rows = torch.randperm(len(tile.positions_M), generator=generator)[:count]
+        got = tile.among(rows, more_rows, more_blocks, tiles, seed)
+        changed += differing_rows(got.transpose(0, 1), wanted[:, rows].transpose(0, 1))
+    torch.set_num_threads(1)
+    return changed
+
+
+head_widths = st.one_of(st.integers(1, 24), st.integers(1, 200), st.sampled_from([32, 64, 80, 96, 128]))
+
+
+@few_examples
+@given(
+    head_widths,
+    head_widths,
+    st.sampled_from([1, 2, 5]),
+    st.sampled_from([8, 16, 64, 136]),
+    st.integers(1, 4),
+    dtypes,
+    st.sampled_from([0, 0, 1, 50, 128, 200]),
+    st.booleans(),
+    one_or_two_threads,
+    st.integers(0, 2**31),
+)
+def test_causal_attention_rows_do_not_depend_on_mates_place_blocks_or_threads(
+    width: int,
+    value_width: int,
+    heads: int,
+    rows: int,
+    blocks: int,
+    dtype: str,
+    window: int,
+    sinks: bool,
+    threads: int,
+    seed: int,
+) -> None:
+    queries = tile(
+        width, value_width, heads, rows, blocks, dtype, window=window, sinks_K=normal(heads, seed=4) if sinks else None
+    )
+    assert changed_by_causal_attention(queries, threads, [seed, seed + 1]) == 0
+
+
+@pytest.mark.parametrize("value_width", range(1, 18))
+def test_causal_attention_takes_values_of_every_narrow_width(value_width: int) -> None:
+    assert changed_by_causal_attention(tile(32, value_width, 2, 64, 2), 1, range(6)) == 0
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 100, 128, 300])
+def test_causal_attention_is_softmax_over_what_is_seen(window: int, sinks: bool) -> None:
+    sinks_K = 3 * normal(2, seed=4) if sinks else None
+    queries = tile(12, 10, 2, 40, 3, window=window, scale=0.4, sinks_K=sinks_K)
+    got = queries.alone().double()
+    k, v = (x.double().transpose(0, 1).flatten(1, 2) for x in (queries.k_BKSd, queries.v_BKSv))
+    for row, position in enumerate(queries.positions_M.tolist()):
+        seen = slice(max(0, position + 1 - window) if window else 0, position + 1)
+        for head in range(2):
+            powers = torch.exp(0.4 * (k[head, seen] @ queries.q_KMd[head, row].double()))
+            total = powers.sum() + (torch.exp(sinks_K[head].double()) if sinks_K is not None else 0.0)
+            torch.testing.assert_close(got[head, row], powers @ v[head, seen] / total, atol=2e-6, rtol=2e-6)
+
+
+def test_causal_attention_takes_scores_beyond_what_exp_does() -> None:
+    queries = tile(12, 12, 1, 16, 2, scale=300.0)
+    assert queries.alone().isfinite().all()
+
+
+@pytest.mark.parametrize("x", [-200.0, -88.0, 0.0, 1.0, 200.0])
+def test_sigmoid_is_the_logistic_function(x: float) -> None:
+    wanted = torch.sigmoid(torch.tensor(x, dtype=torch.float64)).item()
+    assert invariant.sigmoid(torch.tensor(x)).item() == pytest.approx(wanted, rel=1e-6, abs=1e-30)
+
+
 # The suite notices: the same functions find the differing bits of an operation that breaks the promise, be it one
 # that is bent on purpose or torch's own. Processors differ in which of torch's own are guilty; those named are on x86.
 
@@ -387,3 +644,19 @@ def test_the_suite_notices_plain_activations(
 def test_the_suite_notices_attention_that_is_padded_to_its_longest_mate() -> None:
     lengths = [1, 3, 17, 40, 77, 100, 128]
     assert sum(changed_by_attention(*head, lengths, places=lambda length: length) for head in HEADS) > 0
+
+
+@plain_operations_are_guilty
+def test_the_suite_notices_narrow_values_and_transposes_that_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(invariant, "COLUMN_MULTIPLE", 1)
+    orders = [drawn(count, count, 0) for count in (3, 8, 24, 60, 200)]
+    assert sum(changed_by_product(48, outputs, "float32", "transposed", orders, 1) for outputs in (5, 7, 10, 11)) > 0
+    assert sum(changed_by_causal_attention(tile(32, width, 2, 64, 2), 1, range(6)) for width in (5, 7, 10, 11)) > 0
+
+
+@plain_operations_are_guilty
+def test_the_suite_notices_a_plain_sigmoid(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = RouterSpec(13, 3, "sigmoid")
+    monkeypatch.setattr(invariant, "sigmoid", torch.sigmoid)
+    logits_TE = normal(ROWS, 13)
+    assert changed_rows(lambda x: route(x, spec)[1], logits_TE, EVERY_COUNT) > 0
