@@ -85,7 +85,9 @@ class ChatTemplate:
 
     async def _exchange(self, frame: bytes) -> dict[str, Any]:
         """Gives the process's answer. One that did not answer in time and in full is ended, whatever the reason."""
-        process, self._process = self._process or await _start(self._start_frame), None
+        process, self._process = self._process, None
+        if process is None or process.returncode is not None:
+            process = await _start(self._start_frame)
         try:
             reply = await _call(process, frame, REPLY_TIMEOUT_S)
             self._process = process
