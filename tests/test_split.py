@@ -14,10 +14,14 @@ from torch import Tensor
 
 from expertmesh.checkpoint.load import StageLoader
 from expertmesh.checkpoint.manifest import FILE_NAME, Manifest, expert_part, model_parts
+from expertmesh.checkpoint.parts import write_part
+from expertmesh.checkpoint.shapes import PartShapes
 from expertmesh.checkpoint.split import SPEC_FILE, WEIGHTS_FILE, split
+from expertmesh.checkpoint.tensor_file import read_header
 from expertmesh.checkpoint.tokenizer import load_tokenizer
-from expertmesh.errors import BadCheckpoint
-from tests import tiny
+from expertmesh.errors import BadCheckpoint, SetupError
+from expertmesh.model.spec import AttentionSpec, EmbeddingSpec, ExpertSpec, HeadSpec, ModelSpec, RouterSpec
+from tests import families, tiny
 
 CPU = torch.device("cpu")
 PART = expert_part(0, 1)
@@ -103,6 +107,45 @@ def test_half_precision_is_stored_as_it_is_and_computed_in_fp32(source: Path, tm
     stored = safetensors.torch.load_file(tmp_path / "model" / f"{PART}.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
     assert {value.dtype for value in load_expert(tmp_path / "model").state_dict().values()} == {torch.float32}
+
+
+def test_parts_are_what_safetensors_would_write(tmp_path: Path) -> None:
+    tensors = {
+        "b.weight": torch.arange(6.0).view(2, 3),
+        "a": torch.ones(5, dtype=torch.bfloat16),
+        "c": torch.ones(3, dtype=torch.float16),
+        "a.bias": torch.zeros(1),
+        "empty": torch.zeros(0, 4),
+    }
+    (tmp_path / "given").write_bytes(safetensors.torch.save(tensors))
+    part = write_part(tmp_path, "experts/layer-00/expert-00", read_header(tmp_path / "given"))
+    written = (tmp_path / part.file).read_bytes()
+    assert written == (tmp_path / "given").read_bytes()
+    assert (part.size_bytes, part.digest) == (len(written), hashlib.sha256(written).digest())
+
+
+def test_sizes_whose_product_cannot_be_counted_are_refused() -> None:
+    attention = AttentionSpec(heads=2**30, kind="grouped", kv_heads=1, head_width=2**30)
+    head = HeadSpec(kind="language")
+    spec = ModelSpec(2**30, 1, 8, EmbeddingSpec(vocab=9), attention, RouterSpec(), ExpertSpec(width=8), head)
+    with pytest.raises(BadCheckpoint, match="too large"):
+        PartShapes(spec).of("gating/layer-00")
+
+
+def test_a_smaller_context_can_be_had_of_models_without_learned_positions(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadCheckpoint, match="a context of 8"):
+        split(source, tmp_path / "target", context=8)
+    again = split(families.model("mixtral"), tmp_path / "target", context=8, dtype="bfloat16")
+    assert (again.spec.context, again.spec.dtype) == (8, "bfloat16")
+    assert again.parts == Manifest.read(families.model("mixtral")).parts
+    with pytest.raises(BadCheckpoint, match="a context of 97"):
+        split(families.model("mixtral"), tmp_path / "other", context=97)
+
+
+def test_a_target_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SetupError, match="cannot be written"):
+        split(tiny.checkpoint(), tmp_path / "file" / "model")
 
 
 def test_progress_is_told_for_every_part(tmp_path: Path) -> None:
