@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc.aio
+import numpy as np
 from google.protobuf.message import EncodeError
 
 from expertmesh.errors import CorruptReply, InvalidInput
@@ -31,6 +32,7 @@ from expertmesh.v1.inference_pb2 import (
 from expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
 from expertmesh.v1.inspection_pb2 import InspectRequest, InspectResponse
 from expertmesh.v1.inspection_pb2_grpc import InspectionServiceStub
+from expertmesh.wire import encode
 
 DEFAULT_TIMEOUT_S = 30.0
 GENERATE_TIMEOUT_S = 600.0
@@ -108,6 +110,11 @@ class Client:
     async def inspect(self, text: str, route: Route) -> InspectResponse:
         """Gives hidden states, routes and logits of one text; the program must have inspection switched on."""
         return await self._call(self._inspection.Inspect, InspectRequest(text=text, route=route))  # type: ignore[no-any-return]
+
+    async def inspect_ids(self, ids: Sequence[int], route: Route, chunk: int = 0) -> InspectResponse:
+        """The same of a sequence of token ids, which goes through the layers `chunk` tokens at a time; 0: at once."""
+        request = InspectRequest(ids=encode(np.array(ids, np.int32)), route=route, chunk=chunk)
+        return await self._call(self._inspection.Inspect, request, self._generate_timeout_s)  # type: ignore[no-any-return]
 
     async def describe(self) -> DescribeResponse:
         """Gives what the program holds."""

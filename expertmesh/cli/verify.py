@@ -1,95 +1,103 @@
-"""`expertmesh verify`: mesh against full model, bit by bit."""
+"""`expertmesh verify`: mesh against full model bit by bit, against a reference, and a split against its original."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from expertmesh.checkpoint.manifest import Manifest
-from expertmesh.cli import placement, session
-from expertmesh.cli.classify import read_lines
-from expertmesh.client import Client
-from expertmesh.errors import MeshError, SetupError
-from expertmesh.local.plan import Options
-from expertmesh.verification import Comparison, compare
+from expertmesh.cli import placement, session, verify_generator, verify_texts
+from expertmesh.errors import SetupError
+from expertmesh.verification.agreement import LEAST_COSINE, LEAST_TOP_1, MOST_DIVERGENCE, TOLERANCE
 
-GENERATED_TEXTS = 200
-MAX_WORDS = 300
-WORDS = (
-    "market shares oil profit bank minister election army peace talks striker season coach goal final software chip",
-    "internet satellite virus court police quarter growth deal rates league medal browser phone launch study 2004",
-    "the of in on and for with after as Monday ... $46.50 U.S. 3-2 &amp; — é 中 \U0001f600",
-)
+CALL_TEXTS, CALLERS, MAX_TOKENS = 32, 4, 16
 
 
 def verify(
     model: placement.Model = placement.DEFAULT_MODEL,
-    inputs: Annotated[Path | None, typer.Option(help="Raw texts, one a line; by default 200 made-up ones.")] = None,
-    call_texts: Annotated[int, typer.Option("--call-texts", help="Texts in one call.", min=1, max=1024)] = 32,
-    callers: Annotated[int, typer.Option(help="Calls under way at once.", min=1, max=256)] = 4,
+    inputs: Annotated[Path | None, typer.Option(help="Raw texts, one a line; by default made-up ones.")] = None,
+    call_texts: Annotated[
+        int | None, typer.Option("--call-texts", help=f"Texts in one call, {CALL_TEXTS} by default.", min=1, max=1024)
+    ] = None,
+    callers: Annotated[
+        int | None, typer.Option(help=f"Calls under way at once, {CALLERS} by default.", min=1, max=256)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help=f"Tokens of each generated answer, {MAX_TOKENS} by default.", min=1, max=1024)
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Ids, logits, hidden states, routes and tokens of another implementation (.npz)."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Largest difference from the reference, {TOLERANCE:g} by default; routes and tokens must be equal."
+            f" A bfloat16 model is judged where routes are equal: mean divergence at most {MOST_DIVERGENCE} nats,"
+            f" cosine at least {LEAST_COSINE}, the likeliest token the same for {LEAST_TOP_1:.0%}.",
+            min=0,
+        ),
+    ] = None,
+    layerwise: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder that the model was split from: compares every part with it, one at a time, here."
+        ),
+    ] = None,
     expert_services: placement.ExpertServices = 0,
     replicas: placement.Replicas = None,
     device: placement.Devices = None,
     address: Annotated[str, typer.Option(help="gRPC address of a gateway; by default a mesh is started for it.")] = "",
     record: Annotated[bool, typer.Option("--record", help="Note the profile in the manifest if all is equal.")] = False,
 ) -> None:
-    """Exits with 0 if every bit is equal, with 1 if one differs, with 2 if it could not be found out."""
-    texts = _read(inputs) if inputs else _generate()
-    options = placement.read_options(expert_services, replicas, device, inspect=True)
-    result, profile = session.run(_verify(model, texts, call_texts, callers, options, address))
-    print(f"texts compared      {result.texts}")
-    print(f"differ              {len(result.differing)} of {result.texts}")
-    print(f"largest difference  {result.largest:g}")
-    print(f"profile             {profile}")
-    if result.first is not None:
-        print(f"first difference    {result.first}")
-    elif result.differing:
-        print(f"first difference    text {result.differing[0]} (switch inspection on to name the layer and expert)")
-    if result.inexact:
-        print(f"not exact           {result.inexact} answers said that they mix numeric profiles")
-    if result.differing or result.inexact:
+    """Exits with 0 if all is equal, with 1 if something differs, with 2 if it could not be found out."""
+    manifest = Manifest.read(model)
+    given = {
+        "--inputs": inputs is not None,
+        "--call-texts": call_texts is not None,
+        "--callers": callers is not None,
+        "--max-tokens": max_tokens is not None,
+        "--reference": reference is not None,
+        "--tolerance": tolerance is not None,
+        "--expert-services": expert_services > 0,
+        "--replicas": bool(replicas),
+        "--device": bool(device),
+        "--address": bool(address),
+        "--record": record,
+    }
+    if layerwise is not None:
+        _refuse(given, "--layerwise starts no mesh", *given)
+        from expertmesh.cli import verify_layers  # torch takes its time, and only this needs it
+
+        equal, profile = verify_layers.verify(model, layerwise), ""
+    else:
+        mesh = verify_texts.Mesh(
+            model, address, placement.read_options(expert_services, replicas, device, inspect=True)
+        )
+        if manifest.spec.generates:
+            _refuse(given, "of a model that generates", "--call-texts")
+            if reference is None:
+                _refuse(given, "without --reference", "--tolerance")
+            else:
+                _refuse(given, "with --reference", "--inputs", "--max-tokens")
+            work = verify_generator.Work(inputs, callers or CALLERS, max_tokens or MAX_TOKENS, reference)
+            bound = TOLERANCE if tolerance is None else tolerance
+            equal, profile = session.run(verify_generator.verify(mesh, manifest, work, bound))
+        else:
+            _refuse(given, "of a classifier", "--max-tokens", "--reference", "--tolerance")
+            equal, profile = session.run(
+                verify_texts.verify(mesh, inputs, call_texts or CALL_TEXTS, callers or CALLERS)
+            )
+    if not equal:
         raise typer.Exit(1)
-    print("mesh and full model are bit-equal")
     if record:
         replace(Manifest.read(model), verified_on=profile).write(model)
 
 
-async def _verify(
-    model: Path, texts: list[str], call_texts: int, callers: int, options: Options, address: str
-) -> tuple[Comparison, str]:
-    Manifest.read(model)
-    mesh = session.any_mesh(model, address, Path(), options) if address else session.temporary_mesh(model, options)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        async with mesh as opened, Client(opened.grpc, timeout_s=300) as client:
-            task = progress.add_task("comparing", total=len(texts))
-            try:
-                result = await compare(
-                    client, texts, call_texts, callers, lambda done: progress.update(task, completed=done)
-                )
-                answer = await client.classify(texts[:1])
-            except* MeshError as group:
-                raise SetupError(f"a call failed: {group.exceptions[0]}") from None
-    return result, answer.results[0].profile
-
-
-def _read(inputs: Path) -> list[str]:
-    texts = []
-    for number, line in enumerate(read_lines(inputs), start=1):
-        if line.error:
-            raise SetupError(f"{inputs}, line {number}: {line.error}")
-        texts.append(line.text)
-    if not texts:
-        raise SetupError(f"{inputs} holds no text")
-    return texts
-
-
-def _generate() -> list[str]:
-    chance = random.Random(0)  # noqa: S311
-    words = " ".join(WORDS).split()
-    return [" ".join(chance.choices(words, k=chance.randint(1, MAX_WORDS))) for _ in range(GENERATED_TEXTS)]
+def _refuse(given: dict[str, bool], why: str, *options: str) -> None:
+    for option in options:
+        if given[option]:
+            raise SetupError(f"{option} makes no sense {why}")

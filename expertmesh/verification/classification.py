@@ -1,4 +1,4 @@
-"""The proof: the same texts through the mesh and the full model, compared bit by bit.
+"""The same texts through the mesh and the full model of a classifier, compared bit by bit.
 
 Where two answers differ, both routes are inspected layer by layer, so that the first place where they part is named.
 """
@@ -8,44 +8,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from expertmesh import wire
 from expertmesh.client import Client
 from expertmesh.errors import WrongPart
 from expertmesh.v1.inference_pb2 import CONTRACT_MESH_ONLY, ROUTE_FULL_MODEL, ROUTE_MESH, ClassifyResponse
-from expertmesh.v1.inspection_pb2 import InspectResponse, LayerTrace
-from expertmesh.v1.tensor_pb2 import Tensor
+from expertmesh.verification.traces import Difference, first_difference
 
 Bits = npt.NDArray[np.uint32]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Where two routes part.
-
-    Attributes:
-        text: Index of the text.
-        stage: "tokenizer", "embedding", "gating", "expert", "combine", "classifier", or "" if it was not seen again.
-        layer: The layer, if the stage has one.
-        expert: The expert, if it is one.
-    """
-
-    text: int
-    stage: str
-    layer: int | None = None
-    expert: int | None = None
-
-    def __str__(self) -> str:
-        """Names the place for people."""
-        if not self.stage:
-            return f"text {self.text}: the answers differed, but not when both routes were inspected"
-        where = "" if self.layer is None else f" of layer {self.layer}"
-        name = self.stage if self.expert is None else f"expert {self.expert}"
-        return f"text {self.text}: {name}{where}"
 
 
 @dataclass
@@ -121,47 +93,7 @@ async def locate(client: Client, index: int, text: str) -> Difference | None:
         full = await client.inspect(text, ROUTE_FULL_MODEL)
     except WrongPart:
         return None
-    return first_difference(index, mesh, full)
-
-
-def first_difference(index: int, mesh: InspectResponse, full: InspectResponse) -> Difference:
-    """Compares two traces of one text in the order of a request."""
-    if not _same(mesh.ids, full.ids):
-        return Difference(index, "tokenizer")
-    if not _same(mesh.embedded, full.embedded):
-        return Difference(index, "embedding")
-    for layer, (left, right) in enumerate(zip(mesh.layers, full.layers, strict=True)):
-        if not _same(left.input, right.input):
-            return Difference(index, "combine", layer - 1)
-        for given, expected in (
-            (left.residual, right.residual),
-            (left.expert_input, right.expert_input),
-            (left.expert_ids, right.expert_ids),
-            (left.weights, right.weights),
-        ):
-            if not _same(given, expected):
-                return Difference(index, "gating", layer)
-        expert = _differing_expert(left, right)
-        if expert is not None:
-            return Difference(index, "expert", layer, expert)
-    return Difference(index, "" if _same(mesh.logits, full.logits) else "classifier")
-
-
-def _differing_expert(left: LayerTrace, right: LayerTrace) -> int | None:
-    counts_E = _array(left.expert_counts, wire.INT32)
-    rows_ND, reference_ND = _array(left.expert_rows, wire.FLOAT32), _array(right.expert_rows, wire.FLOAT32)
-    differs_N = (_bits(rows_ND) != _bits(reference_ND)).any(axis=1)
-    if not differs_N.any():
-        return None
-    return int(np.searchsorted(np.cumsum(counts_E), int(differs_N.argmax()), side="right"))
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    return left.dtype == right.dtype and list(left.shape) == list(right.shape) and left.data == right.data
-
-
-def _array(tensor: Tensor, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    return wire.decode(tensor, dtype, tuple(tensor.shape), "trace")
+    return first_difference(f"text {index}", mesh, full)
 
 
 def _bits(array: npt.NDArray[np.float32]) -> Bits:

@@ -1,0 +1,188 @@
+"""How far the mesh is from another implementation's numbers, layer by layer.
+
+Two implementations add in different orders, so their bits differ; how much they may is told in
+docs/decisions/0006-comparing-with-a-reference.md. A model in bfloat16 cannot be judged by its largest difference, since
+routes flip; it is judged by the distributions that it gives where routes are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from expertmesh import wire
+from expertmesh.model.spec import ModelSpec
+from expertmesh.v1.inspection_pb2 import InspectResponse
+from expertmesh.verification.reference import Array, Reference
+from expertmesh.verification.traces import array
+
+TOLERANCE = 2e-4
+# For models in bfloat16.
+MOST_DIVERGENCE = 0.03
+LEAST_COSINE = 0.98
+LEAST_TOP_1 = 0.9
+MOST_FLIPS = 0.25
+
+
+@dataclass
+class LayerAgreement:
+    """One layer.
+
+    Attributes:
+        layer: Which.
+        hidden: Largest absolute difference of what the layer is given.
+        tokens: Tokens that were routed; 0 in a layer without experts.
+        equal_routes: How many of these went to the very same experts.
+        weight: Largest absolute difference of a weight, where routes are equal.
+    """
+
+    layer: int
+    hidden: float = 0.0
+    tokens: int = 0
+    equal_routes: int = 0
+    weight: float = 0.0
+
+
+@dataclass
+class Likeness:
+    """How alike two distributions over the next token are, where routes are equal in all layers.
+
+    Attributes:
+        tokens: Tokens that this is taken from.
+        divergence: Mean Kullback-Leibler divergence from the reference, in nats.
+        cosine: Smallest cosine of the angle between logits.
+        top_1: Share of tokens whose likeliest successor is the same.
+    """
+
+    tokens: int = 0
+    divergence: float = 0.0
+    cosine: float = 1.0
+    top_1: float = 1.0
+
+
+@dataclass
+class Agreement:
+    """All of it.
+
+    Attributes:
+        spec: The model.
+        layers: By layer.
+        logits: Largest absolute difference of a logit.
+        scale: Standard deviation of the reference's logits.
+        likeness: Of the logits.
+        tokens: Greedy tokens that were compared.
+        equal_tokens: How many are equal.
+    """
+
+    spec: ModelSpec
+    layers: list[LayerAgreement]
+    logits: float = 0.0
+    scale: float = 0.0
+    likeness: Likeness = field(default_factory=Likeness)
+    tokens: int = 0
+    equal_tokens: int = 0
+
+    @property
+    def hidden(self) -> float:
+        """Largest absolute difference of what any layer is given."""
+        return max(layer.hidden for layer in self.layers)
+
+    @property
+    def weight(self) -> float:
+        """Largest absolute difference of a weight."""
+        return max(layer.weight for layer in self.layers)
+
+    @property
+    def routes(self) -> tuple[int, int]:
+        """Equal routes, and all."""
+        return sum(layer.equal_routes for layer in self.layers), sum(layer.tokens for layer in self.layers)
+
+    def faults(self, tolerance: float) -> list[str]:
+        """What does not agree; nothing if all does."""
+        equal, routes = self.routes
+        if self.spec.dtype == "bfloat16":
+            like = self.likeness
+            found = {
+                f"{routes - equal} of {routes} routes flipped": routes - equal > MOST_FLIPS * routes,
+                "no token has equal routes in all layers": not like.tokens,
+                f"mean divergence {like.divergence:.2g} nats": not like.divergence <= MOST_DIVERGENCE,
+                f"cosine {like.cosine:.3g}": not like.cosine >= LEAST_COSINE,
+                f"top-1 agreement {like.top_1:.0%}": not like.top_1 >= LEAST_TOP_1,
+            }
+        else:
+            found = {
+                f"logits differ by {self.logits:.2g}": not self.logits <= tolerance,
+                f"hidden states differ by {self.hidden:.2g}": not self.hidden <= tolerance,
+                f"router weights differ by {self.weight:.2g}": not self.weight <= tolerance,
+                f"{routes - equal} of {routes} routes differ": equal != routes,
+                f"{self.tokens - self.equal_tokens} of {self.tokens} greedy tokens differ": self.equal_tokens
+                != self.tokens,
+            }
+        return [fault for fault, holds in found.items() if holds]
+
+
+def agreement(
+    spec: ModelSpec, reference: Reference, traces: Sequence[InspectResponse], answers: Sequence[Sequence[int]]
+) -> Agreement:
+    """Compares what the mesh gave with a reference.
+
+    Args:
+        spec: The model.
+        reference: The other implementation's numbers.
+        traces: What inspection showed of each sequence, gone through whole.
+        answers: The tokens that were generated greedily behind each.
+    """
+    logits_BTV = np.stack([array(trace.logits, wire.FLOAT32) for trace in traces])
+    has_equal_routes_T = np.ones(reference.ids_BT.size, bool)
+    layers = [LayerAgreement(layer) for layer in range(spec.layers)]
+    for one in layers:
+        given = [trace.layers[one.layer] for trace in traces]
+        hidden_BTD = np.stack([array(layer.input, wire.FLOAT32) for layer in given])
+        one.hidden = _largest(hidden_BTD, reference.hidden_LBTD[one.layer])
+        if one.layer not in spec.sparse_layers:
+            continue
+        route = reference.routes[spec.sparse_layers.index(one.layer)]
+        experts_TK = np.concatenate([array(layer.expert_ids, wire.INT32) for layer in given])
+        weights_TK = np.concatenate([array(layer.weights, wire.FLOAT32) for layer in given])
+        same_T = (experts_TK == route.experts_TK).all(axis=1)
+        one.tokens, one.equal_routes = len(same_T), int(same_T.sum())
+        one.weight = _largest(weights_TK[same_T], route.weights_TK[same_T])
+        has_equal_routes_T &= same_T
+    greedy_BG = np.array(answers)
+    if greedy_BG.shape == reference.generated_BG.shape:
+        equal_tokens = int((greedy_BG == reference.generated_BG).sum())
+    else:
+        equal_tokens = 0
+    chosen = has_equal_routes_T.reshape(reference.ids_BT.shape)
+    return Agreement(
+        spec,
+        layers,
+        _largest(logits_BTV, reference.logits_BTV),
+        float(reference.logits_BTV.std()),
+        _likeness(logits_BTV[chosen], reference.logits_BTV[chosen]),
+        reference.generated_BG.size,
+        equal_tokens,
+    )
+
+
+def _largest(left: Array, right: Array) -> float:
+    return float(np.abs(left - right).max(initial=0.0))
+
+
+def _likeness(ours_NV: Array, theirs_NV: Array) -> Likeness:
+    if not len(ours_NV):
+        return Likeness()
+    ours, theirs = ours_NV.astype(np.float64), theirs_NV.astype(np.float64)
+    log_ours, log_theirs = _log_softmax(ours), _log_softmax(theirs)
+    divergence_N = (np.exp(log_theirs) * (log_theirs - log_ours)).sum(axis=1)
+    lengths_N = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    cosine_N = (ours * theirs).sum(axis=1) / np.maximum(lengths_N, np.finfo(np.float64).tiny)
+    top_1 = (ours.argmax(axis=1) == theirs.argmax(axis=1)).mean()
+    return Likeness(len(ours), float(divergence_N.mean()), float(cosine_N.min()), float(top_1))
+
+
+def _log_softmax(x_NV: Array) -> Array:
+    shifted: Array = x_NV - x_NV.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
