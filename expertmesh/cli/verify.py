@@ -69,7 +69,7 @@ def verify(
         "--record": record,
     }
     if layerwise is not None:
-        _refuse(given, "--layerwise starts no mesh", *given)
+        _refuse(given, "with --layerwise, which starts no mesh", *given)
         from expertmesh.cli import verify_layers  # torch takes its time, and only this needs it
 
         equal, profile = verify_layers.verify(model, layerwise), ""
@@ -78,7 +78,7 @@ def verify(
             model, address, placement.read_options(expert_services, replicas, device, inspect=True)
         )
         if manifest.spec.generates:
-            _refuse(given, "of a model that generates", "--call-texts")
+            _refuse(given, "for a model that generates", "--call-texts")
             if reference is None:
                 _refuse(given, "without --reference", "--tolerance")
             else:
@@ -87,7 +87,7 @@ def verify(
             bound = TOLERANCE if tolerance is None else tolerance
             equal, profile = session.run(verify_generator.verify(mesh, manifest, work, bound))
         else:
-            _refuse(given, "of a classifier", "--max-tokens", "--reference", "--tolerance")
+            _refuse(given, "for a classifier", "--max-tokens", "--reference", "--tolerance")
             equal, profile = session.run(
                 verify_texts.verify(mesh, inputs, call_texts or CALL_TEXTS, callers or CALLERS)
             )
@@ -100,4 +100,4 @@ def verify(
 def _refuse(given: dict[str, bool], why: str, *options: str) -> None:
     for option in options:
         if given[option]:
-            raise SetupError(f"{option} makes no sense {why}")
+            raise SetupError(f"{option} cannot be used {why}")

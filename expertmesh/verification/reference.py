@@ -154,5 +154,7 @@ class _Archive:
             size = math.prod(given) * dtype.itemsize
             if size > MAX_ARRAY_BYTES or info.file_size - file.tell() != size:
                 raise self.error(f"{name} has {info.file_size} bytes, which is not what its shape {list(given)} needs")
-            flat = np.frombuffer(file.read(size), dtype)
-        return flat.reshape(given, order="F" if is_fortran else "C")
+            data = file.read(size)
+        if len(data) != size:
+            raise self.error(f"{name} ends after {len(data)} of {size} bytes")
+        return np.frombuffer(data, dtype).reshape(given, order="F" if is_fortran else "C")
