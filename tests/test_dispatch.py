@@ -290,6 +290,52 @@ def test_the_loop_is_the_plain_model_token_by_token(experts: int, data: st.DataO
     assert equal_bits(score.x_TD, x_TD)
 
 
+def test_the_loop_alone_gives_the_last_residual_and_scores_nothing() -> None:
+    stages, scored = ScriptedStages(), ScriptedStages()
+    x_TD = drive(layer_loop(shape_of(2), IDS_T, LENGTHS_B), stages)
+    drive(loop(2), scored)
+    assert equal_bits(x_TD, scored.asked[-1].x_TD)
+    assert [type(call) for call in stages.asked] == [type(call) for call in scored.asked[:-1]]
+
+
+@pytest.mark.parametrize("dense", [{0}, {1}, {2}, {0, 2}, {0, 1, 2}])
+def test_a_dense_layer_gives_the_residual_and_asks_no_experts(dense: set[int]) -> None:
+    class Dense(ScriptedStages):
+        def __call__(self, call: StageCall) -> Any:
+            result = super().__call__(call)
+            return Gated(call.x_TD * 3) if isinstance(call, Gate) and call.layer in dense else result
+
+    stages = Dense()
+    x_TD = drive(layer_loop(shape_of(3), IDS_T, LENGTHS_B), stages)
+    assert [call.layer for call in stages.asked if isinstance(call, ApplyExperts)] == sorted({0, 1, 2} - dense)
+    gates = [call for call in stages.asked if isinstance(call, Gate)]
+    assert [call.layer for call in gates] == [0, 1, 2]
+    for layer in dense:
+        after = x_TD if layer == 2 else gates[layer + 1].x_TD
+        assert equal_bits(after, gates[layer].x_TD * 3)
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.22, 3.0])
+def test_the_residual_multiplier_scales_what_experts_add(multiplier: float) -> None:
+    stages = ScriptedStages()
+    x_TD = drive(layer_loop(shape_of(1, residual_multiplier=multiplier), IDS_T, LENGTHS_B), stages)
+    gated = stages(stages.asked[1])
+    plan = plan_dispatch(gated.expert_ids_TK, 4)
+    rows_ND = stages(stages.asked[2])
+    routed_TD = combine(np.zeros_like(x_TD), rows_ND, gated.weights_TK, plan)
+    assert equal_bits(x_TD, gated.residual_TD + np.float32(multiplier) * routed_TD)
+
+
+@hypotheses
+@given(routings(), st.integers(0, 2**31), st.floats(0.01, 9))
+def test_a_multiplied_combine_gives_the_same_bits_in_numpy_and_in_torch(
+    routing: tuple[np.ndarray, int], seed: int, multiplier: float
+) -> None:
+    residual_TD, rows_ND, weights_TK, plan = combine_inputs(routing, seed)
+    in_torch = combine(*(torch.from_numpy(each) for each in (residual_TD, rows_ND, weights_TK)), plan, multiplier)
+    assert equal_bits(in_torch, combine(residual_TD, rows_ND, weights_TK, plan, multiplier))
+
+
 # drive
 
 

@@ -3,8 +3,11 @@ logits that are further away than the tolerance of any comparison."""
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from expertmesh.checkpoint.load import StageLoader
+from expertmesh.checkpoint.split import split
 from expertmesh.model import gating, invariant
 from expertmesh.model.full import FullModel
 from expertmesh.model.router import route
 from expertmesh.model.spec import DenseSpec, ExpertSpec, ModelSpec, RotarySpec, RouterSpec
 from tests import plain
-from tests.decoders import SPECS, frequencies, full_model, random_model, texts, whole_logits
+from tests.decoders import CPU, SPECS, frequencies, full_model, random_model, texts, whole_logits
 
 TOLERANCE = 2e-4  # of comparisons with transformers
 LENGTH = 170
+CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
 
 State = dict[str, Tensor]
 
@@ -53,11 +59,15 @@ class Mutation:
 
 def of(name: str, what: str, state: Callable[[State], State] = dict, **stages: Any) -> Mutation:
     """A misreading: fields of a stage as a dict, or a field of the model."""
-    spec = SPECS[name]
+    return Mutation(name, what, changed(SPECS[name], stages), state)
+
+
+def changed(spec: ModelSpec, stages: dict[str, Any]) -> ModelSpec:
+    """A spec with other values in some of its stages."""
     changes = {
         key: replace(getattr(spec, key), **value) if isinstance(value, dict) else value for key, value in stages.items()
     }
-    return Mutation(name, what, replace(spec, **changes), state)
+    return replace(spec, **changes)
 
 
 def renamed(*pairs: tuple[str, str]) -> Callable[[State], State]:
@@ -218,16 +228,78 @@ def test_a_selection_bias_in_the_weights_is_noticed(monkeypatch: pytest.MonkeyPa
     assert distance(full_model("selection bias"), "selection bias") > 2 * TOLERANCE
 
 
+# The same for models that transformers made, against what transformers computed.
+
+THEIRS: list[tuple[str, str, dict[str, Any]]] = [
+    *((name, "eps", {"norm": {"eps": 1e-5}}) for name in ("mixtral", "olmoe", "qwen3_moe", "deepseek_v3")),
+    *((name, "a usual eps", {"norm": {"eps": 1e-6}}) for name in ("mixtral", "olmoe", "qwen3_moe", "deepseek_v3")),
+    *((name, "not turned", {"rotary": RotarySpec()}) for name in ("mixtral", "olmoe", "qwen3_moe")),
+    *((name, "neighbours", {"rotary": {"interleaved": True}}) for name in ("mixtral", "olmoe", "qwen3_moe")),
+    ("mixtral", "a window", {"attention": {"windows": (31, 31, 31)}}),
+    ("deepseek_v3", "a window", {"attention": {"windows": (31, 31, 31, 31)}}),
+    *((name, "scale", {"attention": {"scale": 0.2}}) for name in ("mixtral", "olmoe", "qwen3_moe", "deepseek_v3")),
+    *((name, "top 1", {"router": {"top_k": 1}}) for name in ("mixtral", "olmoe", "qwen3_moe", "deepseek_v3")),
+    *((name, "top 3", {"router": {"top_k": 3}}) for name in ("mixtral", "olmoe", "qwen3_moe", "deepseek_v3")),
+    *((name, "sigmoid", {"router": {"score": "sigmoid"}}) for name in ("mixtral", "olmoe", "qwen3_moe")),
+    *((name, "raw", {"router": {"renormalise": False}}) for name in ("mixtral", "qwen3_moe", "deepseek_v3")),
+    ("olmoe", "renormalised", {"router": {"renormalise": True}}),
+    ("olmoe", "no flat norm", {"attention": {"qk_norm": "none"}}),
+    ("qwen3_moe", "no norm of a head", {"attention": {"qk_norm": "none"}}),
+    ("deepseek_v3", "latent eps as the norm's", {"attention": {"latent_eps": 1e-3}}),
+    ("deepseek_v3", "scale without yarn", {"attention": {"scale": 0.0}}),
+    ("deepseek_v3", "halves", {"rotary": {"interleaved": False}}),
+    ("deepseek_v3", "magnitude", {"rotary": {"magnitude": 1.05}}),
+    ("deepseek_v3", "frequencies without yarn", {"rotary": {"frequencies": frequencies(8)}}),
+    ("deepseek_v3", "softmax", {"router": {"score": "softmax"}}),
+    ("deepseek_v3", "no selection bias", {"router": {"selection_bias": False}}),
+    ("deepseek_v3", "no groups", {"router": {"groups": 1, "kept_groups": 1}}),
+    ("deepseek_v3", "best of a group", {"router": {"group_score": "max"}}),
+    ("deepseek_v3", "no scale of weights", {"router": {"scale": 1.0}}),
+    ("deepseek_v3", "no shared expert", {"dense": {"shared_width": 0}}),
+]  # fmt: skip
+
+
+@functools.cache
+def transformers_model(name: str) -> tuple[FullModel, Tensor, Tensor]:
+    """A model that transformers made, token ids and the logits that it gave for them."""
+    with tempfile.TemporaryDirectory() as folder:
+        split(CHECKPOINTS / name, Path(folder) / name)
+        model = StageLoader(Path(folder) / name, CPU).full_model()
+    with np.load(CHECKPOINTS / name / "reference.npz") as arrays:
+        return model, torch.from_numpy(arrays["input_ids"]).long(), torch.from_numpy(arrays["logits"])
+
+
+def distance_to_transformers(model: FullModel, name: str) -> float:
+    _, ids_BL, wanted = transformers_model(name)
+    lengths_B = torch.full((len(ids_BL),), ids_BL.shape[1])
+    return float((model.logits(ids_BL.flatten(), lengths_B).view(wanted.shape) - wanted).abs().max())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3"])
+def test_a_model_of_transformers_is_well_within_the_tolerance(name: str) -> None:
+    assert distance_to_transformers(transformers_model(name)[0], name) < TOLERANCE / 2
+
+
+@pytest.mark.parametrize(("name", "what", "changes"), THEIRS, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_misread_model_of_transformers_is_noticed(name: str, what: str, changes: dict[str, Any]) -> None:
+    right, _, _ = transformers_model(name)
+    model = random_model(changed(right.spec, changes))
+    model.load_state_dict(
+        {key: value for key, value in right.state_dict().items() if key in model.state_dict()}, strict=False
+    )
+    assert distance_to_transformers(model, name) > TOLERANCE
+
+
 def test_every_switch_has_a_mutation() -> None:
     """A field that is new in a stage's spec needs one too."""
-    changed = set()
+    misread = set()
     for mutation in MUTATIONS:
         right, wrong = SPECS[mutation.name].to_dict(), mutation.spec.to_dict()
         for key, value in right.items():
             if isinstance(value, dict):
-                changed |= {f"{key}.{field}" for field in value if value[field] != wrong[key][field]}
+                misread |= {f"{key}.{field}" for field in value if value[field] != wrong[key][field]}
             elif value != wrong[key]:
-                changed.add(key)
+                misread.add(key)
     fields = {
         name
         for key, value in SPECS["grouped"].to_dict().items()
@@ -239,4 +311,4 @@ def test_every_switch_has_a_mutation() -> None:
         "attention.query_rank", "attention.latent_rank", "dense.width", "head.kind", "head.end_ids",
     }  # fmt: skip
     of_classifiers = {"embedding.bigram_buckets", "embedding.bigram_width", "head.labels", "head.pool"}
-    assert fields - changed == sizes | of_classifiers
+    assert fields - misread == sizes | of_classifiers

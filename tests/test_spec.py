@@ -22,6 +22,7 @@ from expertmesh.model.spec import (
     NormSpec,
     RouterSpec,
 )
+from tests.decoders import SPECS
 
 STAGES = ("embedding", "attention", "router", "expert", "head", "norm", "rotary", "dense")
 
@@ -256,3 +257,80 @@ def test_the_spec_is_read_without_torch() -> None:
     command = "import expertmesh.model.spec, sys; sys.exit('torch' in sys.modules)"
     root = Path(expertmesh.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", command], cwd=root, check=False).returncode == 0
+
+
+# Decoders
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_specs_of_decoders_come_back_from_json(name: str) -> None:
+    spec = SPECS[name]
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_a_decoder_generates_and_a_classifier_does_not() -> None:
+    assert ModelSpec.from_dict(decoder()).generates
+    assert not ModelSpec.from_dict(plain()).generates
+    assert ModelSpec.from_dict(decoder()).attention.is_causal
+    assert not ModelSpec.from_dict(plain()).attention.is_causal
+
+
+def test_layers_are_sparse_unless_they_are_dense() -> None:
+    assert ModelSpec.from_dict(decoder()).sparse_layers == (0, 1)
+    assert ModelSpec.from_dict(decoder(dense={"layers": [0], "width": 64})).sparse_layers == (1,)
+
+
+def test_every_layer_has_its_window() -> None:
+    spec = ModelSpec.from_dict(decoder(attention={"windows": [128, 0]}))
+    assert [spec.attention.window(layer) for layer in (0, 1)] == [128, 0]
+    assert ModelSpec.from_dict(decoder()).attention.window(1) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (decoder(attention={"kv_heads": 3}), "attention.heads must be a multiple of attention.kv_heads"),
+        (decoder(attention={"kv_heads": 0}), "attention.kv_heads"),
+        (decoder(attention={"head_width": 0}), "attention.head_width"),
+        (decoder(attention={"windows": [128]}), "attention.windows needs one number for each layer"),
+        (decoder(attention={"windows": [128, -1]}), "attention.windows"),
+        (decoder(attention={"windows": [128, 0.5]}), "attention.windows[1] must be of type int"),
+        (decoder(attention={"scale": -1.0}), "attention.scale"),
+        (decoder(attention={"clip": -1.0}), "attention.clip"),
+        (decoder(attention={"qk_norm": "l2"}), "attention.qk_norm = 'l2' is not known; known: none, head, flat"),
+        (latent(latent_rank=0), "latent attention needs latent_rank"),
+        (latent(value_width=0), "value_width"),
+        (latent(query_rank=-1), "attention.query_rank"),
+        (latent(qk_norm="head"), "latent attention has no qk_norm"),
+        (latent(clip=1.0), "no clip"),
+        (decoder(rotary={"frequencies": [1.0] * 7}), "rotary.frequencies are more than a head has pairs"),
+        (decoder(rotary={"frequencies": [1.0, "fast"]}), "rotary.frequencies[1] must be of type float"),
+        (decoder(rotary={"frequencies": [float("inf")]}), "rotary.frequencies[0] must be finite"),
+        (decoder(rotary={"magnitude": float("nan")}), "rotary.magnitude must be finite"),
+        (decoder(router={"score": "sparsemixer", "top_k": 1}), "a sparsemixer router takes 2 experts"),
+        (decoder(router={"groups": 3}), "router.experts must divide into router.groups"),
+        (decoder(router={"groups": 4, "kept_groups": 5}), "router.kept_groups must be in [1, router.groups]"),
+        (decoder(router={"groups": 4, "kept_groups": 1, "top_k": 3}), "more than the experts of the kept groups"),
+        (decoder(router={"groups": 8, "kept_groups": 4, "group_score": "top2"}), "top2 needs groups of two experts"),
+        (decoder(router={"group_score": "mean"}), "router.group_score = 'mean' is not known; known: max, top2"),
+        (decoder(expert={"limit": 0.0}), "expert.limit"),
+        (decoder(dense={"layers": [2], "width": 64}), "dense.layers"),
+        (decoder(dense={"layers": [1, 0], "width": 64}), "dense.layers must ascend"),
+        (decoder(dense={"layers": [0, 0], "width": 64}), "dense.layers must ascend"),
+        (decoder(dense={"layers": [0]}), "dense.layers and dense.width go together"),
+        (decoder(dense={"width": 64}), "dense.layers and dense.width go together"),
+        (decoder(dense={"shared_gate": True}), "dense.shared_gate needs dense.shared_width"),
+        (decoder(dense={"shared_width": -1}), "dense widths"),
+        (decoder(head={"divisor": 0.0}), "head.divisor"),
+        (decoder(head={"end_ids": [100]}), "head.end_ids must be in the vocabulary"),
+        (decoder(head={"end_ids": [-1]}), "head.end_ids must be in the vocabulary"),
+        (decoder(dtype="float16"), "dtype = 'float16' is not known; known: float32, bfloat16"),
+        (decoder(attention={"kind": "bidirectional"}), "a language head goes with causal attention"),
+        (changed("attention.kind", "grouped") | {"attention": decoder()["attention"]}, "a language head goes with"),
+        (changed("rotary.frequencies", [1.0]), "bidirectional attention has no rotation"),
+        (changed("dense", {"layers": [0], "width": 64}), "bidirectional attention has no rotation or dense layers"),
+        (changed("dtype", "bfloat16"), "bidirectional attention is computed in float32"),
+    ],
+)
+def test_what_does_not_fit_a_decoder_is_refused_by_name(values: dict[str, Any], named: str) -> None:
+    assert named in refusal(values)

@@ -171,6 +171,8 @@ class RouterSpec:
         _require(0 < self.kept_groups <= self.groups, "router.kept_groups must be in [1, router.groups]")
         kept = self.kept_groups * (self.experts // self.groups)
         _require(self.top_k <= kept, "router.top_k is more than the experts of the kept groups")
+        if self.group_score == "top2" and self.kept_groups < self.groups:
+            _require(self.experts > self.groups, "router.group_score top2 needs groups of two experts or more")
         if self.score == "sparsemixer":
             _require(self.top_k == 2, "a sparsemixer router takes 2 experts")
 
