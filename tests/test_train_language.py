@@ -198,7 +198,9 @@ class _Uneven:
     """Token t is followed by token (t + 1) mod 4 with probability 1/2 if it is seen first in its window, else 1/4."""
 
     def __init__(self):
-        self.spec = SimpleNamespace(sparse_layers=(0,), router=SimpleNamespace(experts=2))
+        self.spec = SimpleNamespace(
+            sparse_layers=(0,), router=SimpleNamespace(experts=2), embedding=SimpleNamespace(vocab=4)
+        )
         self.weight = torch.zeros(1)
 
     def parameters(self):
@@ -261,6 +263,10 @@ def test_the_rate_stays_until_it_falls():
         ("texts", 3, "texts must be a table"),
         ("tokenizer", {"sampling_alpha": 1.0}, "sampling_alpha"),
         ("model", {**CONFIG["model"], "head": {"kind": "language"}}, "end_ids"),
+        ("model", {**CONFIG["model"], "dtype": "bfloat16"}, "dtype must be 'float32'"),
+        ("model", {**CONFIG["model"], "dense": {"layers": [0, 1], "width": 8}}, "leave a layer that has experts"),
+        ("model", {**CONFIG["model"], "attention": {**CONFIG["model"]["attention"], "windows": [4, 0]}}, "windows"),
+        ("model", {**CONFIG["model"], "attention": {**CONFIG["model"]["attention"], "sinks": True}}, "sinks"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(table, values, message):

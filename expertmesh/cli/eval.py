@@ -20,7 +20,7 @@ from expertmesh.evaluation import Labelled, fair_shares, label_texts, wilson_int
 from expertmesh.serving.inference import parse_route
 from expertmesh.v1.inference_pb2 import Route
 
-MAX_WINDOW = 4096
+MAX_WINDOW = 1024
 
 
 def eval(
@@ -35,7 +35,7 @@ def eval(
     held_out: Annotated[bool, typer.Option("--held-out", help="Only what training on this file holds out.")] = False,
     address: Annotated[str, typer.Option(help="gRPC address of a gateway; by default the mesh that `up` runs.")] = "",
     window: Annotated[
-        int, typer.Option(help="Of a language model: most tokens in view; 0: its context, at most 4096.", min=0)
+        int, typer.Option(help="Of a language model: most tokens in view; 0: its context, at most 1024.", min=0)
     ] = 0,
     stride: Annotated[
         int, typer.Option(help="Of a language model: tokens that each window adds; 0: half a window.", min=0)
@@ -103,7 +103,8 @@ def _foretell(model: Path, manifest: Manifest, data: Path, held_out: bool, windo
     print(f"nats per token      {told.nats / told.tokens:.4f}")
     print(f"tokens in view      {window}, windows {stride} apart: tokens see at least {window - stride} before them,")
     print("                    but in the first window, which begins where the text does")
-    show_load(told.counts_LE)
+    if len(told.counts_LE):
+        show_load(told.counts_LE)
 
 
 async def label(texts: list[str], route: Route, address: str, run_dir: Path, model: Path) -> Labelled:

@@ -35,6 +35,11 @@ class TrainConfig:
     texts: TextSettings = TextSettings()
 
     def __post_init__(self) -> None:
+        attention = self.model.attention
+        require(bool(self.model.sparse_layers), "model.dense.layers must leave a layer that has experts")
+        require(not any(attention.windows), "model.attention.windows is for imported models, not for training")
+        require(not attention.sinks, "model.attention.sinks is for imported models, not for training")
+        require(self.model.dtype == "float32", "model.dtype must be 'float32'; see train.autocast")
         if not self.model.generates:
             require(self.texts == TextSettings(), "[texts] is for a language model, which has head.kind = 'language'")
             return

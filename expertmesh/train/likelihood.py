@@ -19,7 +19,7 @@ from expertmesh.model.full import FullModel
 from expertmesh.tokenization.language import LanguageTokenizer
 from expertmesh.train.routes import Routes, shares
 
-BATCH_TOKENS = 8192
+BATCH_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ def measure(
     """
     device = next(model.parameters()).device
     stream_T = torch.from_numpy(ids.stream_T)
-    places, batch_windows = windows_of(len(stream_T) - 1, window, stride), max(1, BATCH_TOKENS // window)
+    places = windows_of(len(stream_T) - 1, window, stride)
+    batch_windows = max(1, BATCH_LOGITS // (window * model.spec.embedding.vocab))
     nats, counts_LE = 0.0, np.zeros((len(model.spec.sparse_layers), model.spec.router.experts), np.int64)
     model.eval()
     with torch.inference_mode():

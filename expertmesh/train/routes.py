@@ -22,7 +22,9 @@ class Routes:
             self.gated[call.layer] = result
 
     def counts_LE(self, experts: int) -> Tensor:
-        """Rows that each expert of each layer was given."""
+        """Rows that each expert of each layer with experts was given."""
+        if not self.gated:
+            return torch.zeros(0, experts, dtype=torch.int64)
         ids = [gated.expert_ids_TK.reshape(-1) for _, gated in sorted(self.gated.items())]
         return torch.stack([torch.bincount(layer_ids, minlength=experts) for layer_ids in ids]).cpu()
 
