@@ -120,12 +120,31 @@ def test_the_last_hidden_state_is_not_looked_at(tmp_path: Path) -> None:
     assert judged(tmp_path, add("hidden_states", (4, 0, 0, 0), 1.0)).faults(TOLERANCE) == []
 
 
-def test_bfloat16_is_judged_by_distributions_where_routes_are_equal(tmp_path: Path) -> None:
+def test_bfloat16_is_judged_by_distributions_where_no_flip_reaches(tmp_path: Path) -> None:
     found = judged(tmp_path, lambda changed: None, "bfloat16")
-    equal, routes = found.routes
     assert found.logits > 0.1, "or there would be no need for other measures"
-    assert 0 < found.likeness.tokens <= 64
-    assert equal > 0.85 * routes
+    assert found.faults(TOLERANCE) == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "token", "judged_tokens"),
+    [(0, 32 + 20, 32 + 20), (1, 5, 5 + 32), (2, 32 + 20, 63)],
+)
+def test_a_flip_touches_its_token_and_where_attention_follows_all_later_ones(
+    layer: int, token: int, judged_tokens: int, tmp_path: Path
+) -> None:
+    """Sequences have 32 tokens; the third layer that has experts is the last of all."""
+
+    def flip(changed: Arrays) -> None:
+        row = changed[f"route_{layer}_index"][token]
+        row[:] = sorted(set(range(8)) - set(row))[:2]
+
+    assert judged(tmp_path, flip).likeness.tokens == judged_tokens
+
+
+def test_in_bfloat16_a_weight_that_jumps_is_a_flip(tmp_path: Path) -> None:
+    before = judged(tmp_path, lambda changed: None, "bfloat16").routes[0]
+    assert judged(tmp_path, add("route_2_weight", (0, 0), 3.0), "bfloat16").routes[0] == before - 1
 
 
 def test_bfloat16_measures_see_what_they_are_for(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ def verify(
         float | None,
         typer.Option(
             help=f"Largest difference from the reference, {TOLERANCE:g} by default; routes and tokens must be equal."
-            f" A bfloat16 model is judged where routes are equal: mean divergence at most {MOST_DIVERGENCE} nats,"
-            f" cosine at least {LEAST_COSINE}, the likeliest token the same for {LEAST_TOP_1:.0%}.",
+            f" A bfloat16 model is judged where no flipped route reaches: mean divergence at most"
+            f" {MOST_DIVERGENCE} nats, cosine at least {LEAST_COSINE}, the likeliest token the same for {LEAST_TOP_1:.0%}.",
             min=0,
         ),
     ] = None,

@@ -160,7 +160,7 @@ def _show_agreement(found: Agreement, tolerance: float) -> bool:
     print(f"greedy tokens       {found.equal_tokens} of {found.tokens} equal")
     if found.spec.dtype == "bfloat16":
         like = found.likeness
-        print(f"routes equal in all layers for {like.tokens} tokens; of these:")
+        print(f"judged              {like.tokens} tokens, which no flipped route can have reached; of these:")
         print(f"mean divergence     {like.divergence:.2g} nats")
         print(f"smallest cosine     {like.cosine:.4f}")
         print(f"top-1 agreement     {like.top_1:.1%}")
