@@ -17,6 +17,7 @@ from expertmesh.model import cache as cache_module
 from expertmesh.model import invariant
 from expertmesh.model.cache import BLOCK_TOKENS, TILE_ROWS, CachedSequences, KeyValueCache, Span, blocks_of
 from expertmesh.model.full import FullModel
+from expertmesh.serving.leases import ID_BYTES, Leases, Place
 from expertmesh.serving.passes import are_exact
 from tests.decoders import CONTEXT, CPU, LATENT, PLAIN, SPECS, Serving, full_model, random_model, texts, whole_logits
 
@@ -250,6 +251,50 @@ def test_what_is_hidden_may_hold_anything_finite() -> None:
         for pool in serving.cache._keys + serving.cache._values:
             pool.fill_(stale)
         assert differing_rows(torch.cat(serving.step([(0, ids_T)])), wanted) == 0
+
+
+@pytest.mark.parametrize("name", ["grouped", "alternating windows", "latent"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
+def test_no_sequence_meets_what_another_left_even_if_it_is_not_finite(name: str, poison: float) -> None:
+    model = full_model(name)
+    cache = KeyValueCache(model.spec, 4, CPU)
+    leases = Leases(cache, model.rotary, model.spec.layers, lease_s=60.0)
+    ill, well = b"i" * ID_BYTES, b"w" * ID_BYTES
+    leases.open(ill, 0, 4 * BLOCK_TOKENS)
+    for pool in cache._keys + cache._values:
+        pool.fill_(poison)
+    leases.release([ill])
+    leases.open(well, 0, 300)
+    (ids_T,) = texts([300])
+    got = [
+        model.rows(ids_T[at : at + rows], leases.rows([Place(well, 0, at, rows)]))
+        for at, rows in ((0, 5), (5, 123), (128, 1), (129, 171))
+    ]
+    assert differing_rows(model.classifier(torch.cat(got)), whole_logits(model, ids_T)) == 0
+
+
+def test_a_sequence_that_is_not_finite_leaves_its_mates_alone() -> None:
+    model = full_model("grouped")
+    cache = KeyValueCache(model.spec, 4, CPU)
+    ill, well = Span((0, 1, 2), 0, 300), Span((3,), 0, 40)
+    (ids_T,) = texts([40], seed=2)
+    x_TD = model.embedding(torch.cat([*texts([300]), ids_T]), CachedSequences([ill, well], cache, model.rotary, CPU))
+    alone = model.gating[0](x_TD[300:], CachedSequences([well], cache, model.rotary, CPU))
+    x_TD[:300] = float("nan")
+    together = model.gating[0](x_TD, CachedSequences([ill, well], cache, model.rotary, CPU))
+    assert together.residual_TD[:300].isnan().all()
+    assert differing_rows(together.residual_TD[300:], alone.residual_TD) == 0
+
+
+def test_rows_that_are_put_again_late_leave_those_behind_them() -> None:
+    model = full_model("grouped")
+    leases = Leases(KeyValueCache(model.spec, 2, CPU), model.rotary, model.spec.layers, lease_s=60.0)
+    leases.open(name := b"s" * ID_BYTES, 0, 60)
+    (ids_T,) = texts([60])
+    whole = whole_logits(model, ids_T)
+    for at, rows in ((0, 20), (20, 20), (0, 20), (40, 20)):
+        got = model.classifier(model.rows(ids_T[at : at + rows], leases.rows([Place(name, 0, at, rows)])))
+        assert differing_rows(got, whole[at : at + rows]) == 0
 
 
 def test_the_same_rows_may_be_computed_again() -> None:

@@ -7,7 +7,7 @@ may have how many blocks is not decided here; see `serving.leases`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import gcd
@@ -52,6 +52,7 @@ class KeyValueCache:
 
         self._keys = [pool(key_width) for _ in range(spec.layers)]
         self._values = [] if self._is_latent else [pool(value_width) for _ in range(spec.layers)]
+        self._stale: list[set[int]] = [set() for _ in range(spec.layers)]
 
     @staticmethod
     def block_bytes(spec: ModelSpec) -> int:
@@ -60,11 +61,27 @@ class KeyValueCache:
         width = key_width if spec.attention.kind == "latent" else key_width + value_width
         return spec.layers * heads * BLOCK_TOKENS * width * DTYPES[spec.dtype].itemsize
 
+    def renew(self, blocks: Iterable[int]) -> None:
+        """Says that blocks go to another sequence, which must never meet numbers that are not finite in them.
+
+        They are emptied, layer by layer, when something is first written into them: at once it would take too long.
+        """
+        for stale in self._stale:
+            stale.update(blocks)
+
     def write(self, layer: int, block_T: Tensor, slot_T: Tensor, k_TKd: Tensor, v_TKv: Tensor) -> None:
         """Puts the rows of a step in their places; the same rows may be put there again."""
+        if self._stale[layer]:
+            self._empty(layer, self._stale[layer].intersection(block_T.tolist()))
         self._keys[layer][block_T, :, slot_T] = k_TKd.to(self._keys[layer].dtype)
         if not self._is_latent:
             self._values[layer][block_T, :, slot_T] = v_TKv.to(self._values[layer].dtype)
+
+    def _empty(self, layer: int, blocks: set[int]) -> None:
+        for pool in (self._keys[layer], *self._values[layer : layer + 1]):
+            for block in blocks:
+                pool[block].zero_()
+        self._stale[layer] -= blocks
 
     def read(self, layer: int, blocks_NB: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [N, B, K, S, d] and values [N, B, K, S, v] of blocks."""
@@ -172,9 +189,10 @@ class _Batch:
         places_NP = np.minimum(np.arange(rows)[None, :], counts_N1 - 1)
         rows_NP = np.array([tile.first_row for tile in tiles])[:, None] + places_NP
         positions_NP = np.array([tile.position for tile in tiles])[:, None] + places_NP
-        blocks_NB = np.zeros((len(tiles), most), np.int64)
+        blocks_NB = np.empty((len(tiles), most), np.int64)
         ordinals_NB = np.full((len(tiles), most), 2**32, np.int64)  # behind every position: hidden
         for row, (tile, ordinals) in enumerate(zip(tiles, needed, strict=True)):
+            blocks_NB[row] = tile.span.blocks[ordinals.start]  # hidden, but never another sequence's
             blocks_NB[row, : len(ordinals)] = tile.span.blocks[ordinals.start : ordinals.stop]
             ordinals_NB[row, : len(ordinals)] = ordinals
         keys_NBS = ordinals_NB[:, :, None] * BLOCK_TOKENS + np.arange(BLOCK_TOKENS)

@@ -107,6 +107,7 @@ class Leases:
         if needed > len(self._free):
             raise Overloaded(f"the KV cache has {len(self._free)} free blocks, {needed} are needed", RETRY_AFTER_S)
         blocks = [self._free.pop() for _ in range(needed)]
+        self._cache.renew(blocks)
         self._leases[sequence] = _Lease(epoch, tokens, blocks, [0] * self._layers, self._clock())
         self._tell()
 
