@@ -276,8 +276,8 @@ def test_no_sequence_meets_what_another_left_even_if_it_is_not_finite(name: str,
 def test_a_sequence_that_is_not_finite_leaves_its_mates_alone() -> None:
     model = full_model("grouped")
     cache = KeyValueCache(model.spec, 4, CPU)
-    ill, well = Span((0, 1, 2), 0, 300), Span((3,), 0, 40)
-    (ids_T,) = texts([40], seed=2)
+    ill, well = Span((0, 1, 2), 0, 300), Span((3,), 0, 300 % TILE_ROWS)  # so that their last tiles share a batch
+    (ids_T,) = texts([well.rows], seed=2)
     x_TD = model.embedding(torch.cat([*texts([300]), ids_T]), CachedSequences([ill, well], cache, model.rotary, CPU))
     alone = model.gating[0](x_TD[300:], CachedSequences([well], cache, model.rotary, CPU))
     x_TD[:300] = float("nan")
