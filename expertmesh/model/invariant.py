@@ -13,7 +13,8 @@ this on CPU in fp32 (measured, torch 2.13, AVX-512):
   are written with `exp` and a division, which do not.
 - Attention over padded keys changes with the padded length: it is made a function of the sequence's own length.
 
-Layer norm, softmax, `exp`, top-k and embedding were equal in every case tried and are used as they are.
+Layer norm, softmax, `exp`, `rsqrt`, means and sums over the last dimension, top-k, sort and embedding were equal in
+every case tried and are used as they are. In bfloat16 no product was found guilty, padded or not.
 Models are written with these operations only; tests/test_invariant.py holds them to it.
 """
 
