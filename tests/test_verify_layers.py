@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -13,8 +15,11 @@ import torch
 from expertmesh.checkpoint.manifest import Manifest, model_parts
 from expertmesh.checkpoint.split import split
 from expertmesh.errors import BadCheckpoint
+from expertmesh.verification.agreement import agreement
+from expertmesh.verification.forced import ForcedPass
 from expertmesh.verification.layerwise import prove
 from expertmesh.verification.originals import Proof
+from expertmesh.verification.reference import Reference
 from tests import families, tiny
 from tests.conftest import ROOT
 from tests.up import run
@@ -136,10 +141,58 @@ def test_tokenizer_files_are_compared(out: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("other", ["mixtral", "qwen3_moe"])
+def test_another_model_is_no_original(other: str, out: Path) -> None:
+    found = proof(out, FIXTURE.parent / other)
+    assert all(found.places[f"layer {number}"].faults for number in range(4))
+    assert any(fault.startswith("spec: attention is ") for fault in found.spec_faults)
+    backwards = proof(families.model("mixtral"), FIXTURE)
+    assert "experts/layer-00/expert-00: down.weight is only in the split" in faults(backwards)
+
+
 def test_a_part_that_services_would_refuse_is_no_difference_but_an_error(out: Path) -> None:
     damage(out, "gating/layer-01", "router.weight", 0, tells=False)
     with pytest.raises(BadCheckpoint, match="the SHA-256"):
         proof(out, FIXTURE)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "mixtral"])
+def test_a_reference_is_compared_without_a_mesh(name: str, tmp_path: Path) -> None:
+    original = FIXTURE.parent / name
+    split(original, tmp_path / "out")
+    ended = run("verify", tmp_path / "out", "--layerwise", original, "--reference", original / "reference.npz")
+    assert ended.returncode == 0, ended.stderr
+    assert "192 of 192" in ended.stdout
+    assert "greedy tokens       64 of 64 equal" in ended.stdout
+    assert "the reference agrees within 0.0002" in ended.stdout
+
+
+def forced(change: Callable[[dict[str, np.ndarray]], None], out: Path, folder: Path) -> list[str]:
+    """What disagrees with a changed reference."""
+    with np.load(FIXTURE / "reference.npz") as loaded:
+        arrays = dict(loaded)
+    change(arrays)
+    np.savez(folder / "changed.npz", **arrays)
+    spec = Manifest.read(out).spec
+    reference = Reference.read(folder / "changed.npz", spec)
+    one_pass = ForcedPass(reference)
+    prove(out, FIXTURE, lambda part, done, total: None, one_pass.sequences, one_pass.observe)
+    return agreement(spec, reference, one_pass.computed).faults(2e-4)
+
+
+def test_one_pass_tells_of_tokens_and_numbers_as_generating_does(out: Path, tmp_path: Path) -> None:
+    assert forced(lambda arrays: None, out, tmp_path) == []
+
+    def change_last_token(arrays: dict[str, np.ndarray]) -> None:
+        arrays["generated"][0, -1] = (arrays["generated"][0, -1] + 1) % 512
+
+    assert forced(change_last_token, out, tmp_path) == ["1 of 64 greedy tokens differ"]
+
+    def change_hidden(arrays: dict[str, np.ndarray]) -> None:
+        arrays["hidden_states"][2, 1, 31, 0] += 4e-4
+
+    (fault,) = forced(change_hidden, out, tmp_path)
+    assert fault.startswith("hidden states differ by 0.000")
 
 
 def test_the_command_tells_by_its_status(out: Path, tmp_path: Path) -> None:

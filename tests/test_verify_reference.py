@@ -20,7 +20,7 @@ from expertmesh.model.full import FullModel
 from expertmesh.model.spec import ModelSpec
 from expertmesh.serving.inspection import Trace
 from expertmesh.v1.inspection_pb2 import InspectResponse
-from expertmesh.verification.agreement import Agreement, agreement
+from expertmesh.verification.agreement import Agreement, Computed, agreement
 from expertmesh.verification.reference import Reference
 from tests import tiny
 from tests.conftest import ROOT
@@ -66,7 +66,8 @@ def judged(folder: Path, change: Change, dtype: str = "float32") -> Agreement:
     change(changed)
     spec = model(dtype).spec
     reference = Reference.read(written(folder, changed), spec)
-    return agreement(spec, reference, traces(dtype), arrays()["generated"][:, 32:].tolist())
+    generated = arrays()["generated"][:, 32:].tolist()
+    return agreement(spec, reference, Computed.of_traces(spec, traces(dtype), generated))
 
 
 def set_(name: str, index: tuple[int, ...], value: float) -> Change:

@@ -37,7 +37,8 @@ def verify(
         typer.Option(
             help=f"Largest difference from the reference, {TOLERANCE:g} by default; routes and tokens must be equal."
             f" A bfloat16 model is judged where no flipped route reaches: mean divergence at most"
-            f" {MOST_DIVERGENCE} nats, cosine at least {LEAST_COSINE}, the likeliest token the same for {LEAST_TOP_1:.0%}.",
+            f" {MOST_DIVERGENCE} nats, cosine at least {LEAST_COSINE}, the likeliest token the same for"
+            f" {LEAST_TOP_1:.0%}.",
             min=0,
         ),
     ] = None,
@@ -55,6 +56,7 @@ def verify(
 ) -> None:
     """Exits with 0 if all is equal, with 1 if something differs, with 2 if it could not be found out."""
     manifest = Manifest.read(model)
+    bound = TOLERANCE if tolerance is None else tolerance
     given = {
         "--inputs": inputs is not None,
         "--call-texts": call_texts is not None,
@@ -69,10 +71,11 @@ def verify(
         "--record": record,
     }
     if layerwise is not None:
-        _refuse(given, "with --layerwise, which starts no mesh", *given)
+        allowed = ("--reference", "--tolerance") if manifest.spec.generates and reference is not None else ()
+        _refuse(given, "with --layerwise, which starts no mesh", *(option for option in given if option not in allowed))
         from expertmesh.cli import verify_layers  # torch takes its time, and only this needs it
 
-        equal, profile = verify_layers.verify(model, layerwise), ""
+        equal, profile = verify_layers.verify(model, layerwise, reference, bound), ""
     else:
         mesh = verify_texts.Mesh(
             model, address, placement.read_options(expert_services, replicas, device, inspect=True)
@@ -84,7 +87,6 @@ def verify(
             else:
                 _refuse(given, "with --reference", "--inputs", "--max-tokens")
             work = verify_generator.Work(inputs, callers or CALLERS, max_tokens or MAX_TOKENS, reference)
-            bound = TOLERANCE if tolerance is None else tolerance
             equal, profile = session.run(verify_generator.verify(mesh, manifest, work, bound))
         else:
             _refuse(given, "for a classifier", "--max-tokens", "--reference", "--tolerance")

@@ -11,13 +11,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from expertmesh.checkpoint.manifest import Manifest
+from expertmesh.cli.verify_reference import print_table, show_agreement
 from expertmesh.cli.verify_texts import Mesh, make_texts, read_texts
 from expertmesh.client import Client
 from expertmesh.errors import InvalidInput, SetupError
 from expertmesh.model.spec import ModelSpec
 from expertmesh.v1.inference_pb2 import GenerateRequest, TokenIds, TokenizeRequest
 from expertmesh.v1.inspection_pb2 import InspectResponse
-from expertmesh.verification.agreement import Agreement, agreement
+from expertmesh.verification.agreement import Agreement, Computed, agreement
 from expertmesh.verification.answers import GREEDY, compare_answers, wishes
 from expertmesh.verification.reference import Reference
 from expertmesh.verification.sequences import SINGLE_TOKENS, compare_sequences, made_up, most_rows
@@ -64,7 +65,7 @@ async def verify(mesh: Mesh, manifest: Manifest, work: Work, tolerance: float) -
                     client, spec, reference, work.callers, lambda: progress.advance(task)
                 )
     _show_findings(findings)
-    is_near = found is None or _show_agreement(found, tolerance)
+    is_near = found is None or show_agreement(found, tolerance)
     return findings.are_equal and is_near, " + ".join(sorted(findings.profiles))
 
 
@@ -110,8 +111,8 @@ async def _compare_reference(
 
     answers = await compare_answers(client, wanted, callers, progress, keep_answer)
     numbers = range(len(sequences))
-    found = agreement(spec, reference, [traces[n] for n in numbers], [answered[n] for n in numbers])
-    return _joined(findings, answers), found
+    computed = Computed.of_traces(spec, [traces[n] for n in numbers], [answered[n] for n in numbers])
+    return _joined(findings, answers), agreement(spec, reference, computed)
 
 
 def _joined(sequences: Findings, answers: Findings) -> Findings:
@@ -131,7 +132,7 @@ def _show_findings(findings: Findings) -> None:
         table.add_row(
             tally.setting, str(tally.compared), str(tally.tokens), differ, str(tally.bits), f"{tally.largest:g}"
         )
-    _print(table)
+    print_table(table)
     print(f"profile             {' + '.join(sorted(findings.profiles))}")
     if not findings.was_inspected:
         print("logits              were not compared; switch inspection on")
@@ -143,37 +144,3 @@ def _show_findings(findings: Findings) -> None:
         print("mesh and full model are bit-equal")
     else:
         print("MESH AND FULL MODEL ARE NOT BIT-EQUAL" if findings.differing else "the mesh mixes numeric profiles")
-
-
-def _show_agreement(found: Agreement, tolerance: float) -> bool:
-    table = Table("layer", "max |Δ hidden|", "routes equal", "max |Δ weight|")
-    for layer in found.layers:
-        shown = f"{layer.equal_routes} of {layer.tokens}" if layer.tokens else "no experts"
-        weight = f"{layer.weight:.1e}" if layer.tokens else ""
-        table.add_row(str(layer.layer), f"{layer.hidden:.1e}", shown, weight)
-    equal, routes = found.routes
-    table.add_section()
-    table.add_row("all", f"{found.hidden:.1e}", f"{equal} of {routes}", f"{found.weight:.1e}")
-    print()
-    _print(table)
-    print(f"max |Δ logit|       {found.logits:.1e}; the reference's have a standard deviation of {found.scale:.2f}")
-    print(f"greedy tokens       {found.equal_tokens} of {found.tokens} equal")
-    if found.spec.dtype == "bfloat16":
-        like = found.likeness
-        print(f"judged              {like.tokens} tokens, which no flipped route can have reached; of these:")
-        print(f"mean divergence     {like.divergence:.2g} nats")
-        print(f"smallest cosine     {like.cosine:.4f}")
-        print(f"top-1 agreement     {like.top_1:.1%}")
-        measure = "by the measures for bfloat16"
-    else:
-        measure = f"within {tolerance:g}"
-    faults = found.faults(tolerance)
-    for fault in faults:
-        print(f"disagrees           {fault}")
-    print(f"THE REFERENCE DISAGREES, judged {measure}" if faults else f"the reference agrees {measure}")
-    return not faults
-
-
-def _print(table: Table) -> None:
-    console = Console(highlight=False)
-    Console(width=None if console.is_terminal else 120, highlight=False).print(table)

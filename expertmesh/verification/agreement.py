@@ -15,7 +15,7 @@ import numpy as np
 from expertmesh import wire
 from expertmesh.model.spec import ModelSpec
 from expertmesh.v1.inspection_pb2 import InspectResponse
-from expertmesh.verification.reference import Array, Reference
+from expertmesh.verification.reference import Array, Reference, Route
 from expertmesh.verification.traces import array
 
 TOLERANCE = 2e-4
@@ -25,6 +25,42 @@ LEAST_COSINE = 0.98
 LEAST_TOP_1 = 0.9
 MOST_FLIPS = 0.25
 JUMP = 0.25  # of a weight; a router with a threshold (sparsemixer) flips by halving a weight, too
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What this implementation computed for the ids of a reference, in its shapes.
+
+    Attributes:
+        logits_BTV: In float32.
+        hidden_LBTD: What each layer is given.
+        routes: Of each layer that has experts.
+        generated_BG: Greedy tokens behind the ids.
+    """
+
+    logits_BTV: Array
+    hidden_LBTD: Sequence[Array]
+    routes: Sequence[Route]
+    generated_BG: Array
+
+    @classmethod
+    def of_traces(
+        cls, spec: ModelSpec, traces: Sequence[InspectResponse], generated: Sequence[Sequence[int]]
+    ) -> Computed:
+        """From what inspection showed of each sequence, gone through whole, and the tokens generated behind each."""
+        layers = [[trace.layers[layer] for trace in traces] for layer in range(spec.layers)]
+        return cls(
+            np.stack([array(trace.logits, wire.FLOAT32) for trace in traces]),
+            [np.stack([array(one.input, wire.FLOAT32) for one in layer]) for layer in layers],
+            [
+                Route(
+                    np.concatenate([array(one.expert_ids, wire.INT32) for one in layers[layer]]),
+                    np.concatenate([array(one.weights, wire.FLOAT32) for one in layers[layer]]),
+                )
+                for layer in spec.sparse_layers
+            ],
+            np.array(generated),
+        )
 
 
 @dataclass
@@ -124,47 +160,33 @@ class Agreement:
         return [fault for fault, holds in found.items() if holds]
 
 
-def agreement(
-    spec: ModelSpec, reference: Reference, traces: Sequence[InspectResponse], answers: Sequence[Sequence[int]]
-) -> Agreement:
-    """Compares what the mesh gave with a reference.
-
-    Args:
-        spec: The model.
-        reference: The other implementation's numbers.
-        traces: What inspection showed of each sequence, gone through whole.
-        answers: The tokens that were generated greedily behind each.
-    """
-    logits_BTV = np.stack([array(trace.logits, wire.FLOAT32) for trace in traces])
+def agreement(spec: ModelSpec, reference: Reference, computed: Computed) -> Agreement:
+    """Compares what was computed with a reference."""
     untouched_BT = np.ones(reference.ids_BT.shape, bool)
     layers = [LayerAgreement(layer) for layer in range(spec.layers)]
     for one in layers:
-        given = [trace.layers[one.layer] for trace in traces]
-        hidden_BTD = np.stack([array(layer.input, wire.FLOAT32) for layer in given])
-        one.hidden = _largest(hidden_BTD, reference.hidden_LBTD[one.layer])
+        one.hidden = _largest(computed.hidden_LBTD[one.layer], reference.hidden_LBTD[one.layer])
         if one.layer not in spec.sparse_layers:
             continue
-        route = reference.routes[spec.sparse_layers.index(one.layer)]
-        experts_TK = np.concatenate([array(layer.expert_ids, wire.INT32) for layer in given])
-        weights_TK = np.concatenate([array(layer.weights, wire.FLOAT32) for layer in given])
-        same_T = (experts_TK == route.experts_TK).all(axis=1)
+        number = spec.sparse_layers.index(one.layer)
+        ours, theirs = computed.routes[number], reference.routes[number]
+        same_T = (ours.experts_TK == theirs.experts_TK).all(axis=1)
         if spec.dtype == "bfloat16":
-            same_T &= (np.abs(weights_TK - route.weights_TK) <= JUMP).all(axis=1)
+            same_T &= (np.abs(ours.weights_TK - theirs.weights_TK) <= JUMP).all(axis=1)
         one.tokens, one.equal_routes = len(same_T), int(same_T.sum())
-        one.weight = _largest(weights_TK[same_T], route.weights_TK[same_T])
+        one.weight = _largest(ours.weights_TK[same_T], theirs.weights_TK[same_T])
         same_BT = same_T.reshape(untouched_BT.shape)
         # What a flip does to its token is seen by all later ones, unless no attention follows.
         untouched_BT &= same_BT if one.layer == spec.layers - 1 else np.logical_and.accumulate(same_BT, axis=1)
-    greedy_BG = np.array(answers)
-    is_whole = greedy_BG.shape == reference.generated_BG.shape
+    ours_BG, theirs_BG = computed.generated_BG, reference.generated_BG
     return Agreement(
         spec,
         layers,
-        _largest(logits_BTV, reference.logits_BTV),
+        _largest(computed.logits_BTV, reference.logits_BTV),
         float(reference.logits_BTV.std()),
-        _likeness(logits_BTV[untouched_BT], reference.logits_BTV[untouched_BT]),
-        reference.generated_BG.size,
-        int((greedy_BG == reference.generated_BG).sum()) if is_whole else 0,
+        _likeness(computed.logits_BTV[untouched_BT], reference.logits_BTV[untouched_BT]),
+        theirs_BG.size,
+        int((ours_BG == theirs_BG).sum()) if ours_BG.shape == theirs_BG.shape else 0,
     )
 
 

@@ -10,7 +10,7 @@ large for one machine goes through it part after part, with a KV cache of a few 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from expertmesh.checkpoint.load import StageLoader
 from expertmesh.checkpoint.manifest import classifier_part, embedding_part, expert_part, gating_part, model_parts
 from expertmesh.checkpoint.sources import Source, open_source
+from expertmesh.checkpoint.tensor_file import PartTensor
 from expertmesh.dispatch import ApplyExperts, Embed, Gate, Gated, Score, Scores, StageCall, classify, drive
 from expertmesh.model.attention import gating_stage
 from expertmesh.model.cache import CachedSequences, KeyValueCache, Span, blocks_of
@@ -43,15 +44,24 @@ IDLE_ROWS = 2  # that an expert computes which no token was sent to
 TOKENIZER, EMBEDDING, HEAD = "tokenizer", "embedding", "head"
 
 Progress = Callable[[str, int, int], None]
+Observer = Callable[[StageCall, Any], None]
 
 
-def prove(split: Path, original: Path, progress: Progress) -> Proof:
+def prove(
+    split: Path,
+    original: Path,
+    progress: Progress,
+    sequences: Sequence[Sequence[int]] = (),
+    observe: Observer = lambda call, result: None,
+) -> Proof:
     """Compares a split with its original.
 
     Args:
         split: The folder of parts.
         original: What it was made from: a Hugging Face folder, a trained checkpoint or another split.
         progress: Is told (part, parts done, parts in all).
+        sequences: Token ids that go through the layers; a few made-up ones by default.
+        observe: Is shown every stage call and what the split's stages answer.
 
     Raises:
         BadCheckpoint: One of them is missing, damaged or not understood.
@@ -60,19 +70,32 @@ def prove(split: Path, original: Path, progress: Progress) -> Proof:
     source = _open(original, loader.spec)
     proof = Proof(spec_faults(loader.spec, source.spec))
     compare_tokenizer(split, loader.manifest, source.tokenizer_files(), proof.place(TOKENIZER))
-    prover = _Prover(loader, source, proof, progress)
-    chance = torch.Generator().manual_seed(0)
-    lengths = [min(length, loader.spec.context) for length in LENGTHS]
-    ids_T = torch.randint(0, loader.spec.embedding.vocab, (sum(lengths),), generator=chance)
+    if not sequences:
+        chance = torch.Generator().manual_seed(0)
+        lengths = [min(length, loader.spec.context) for length in LENGTHS]
+        sequences = [
+            torch.randint(0, loader.spec.embedding.vocab, (length,), generator=chance).tolist() for length in lengths
+        ]
+    lengths = [len(ids) for ids in sequences]
+    prover = _Prover(loader, source, proof, progress, lengths)
+    ids_T = torch.tensor([id_ for ids in sequences for id_ in ids])
+
+    def answer(call: StageCall) -> Any:
+        result = prover.answer(call)
+        observe(call, result)
+        return result
+
     with torch.inference_mode():
-        drive(classify(loader.spec, ids_T, torch.tensor(lengths)), prover.answer)
+        drive(classify(loader.spec, ids_T, torch.tensor(lengths)), answer)
     return proof
 
 
 class _Prover:
     """Answers stage calls twice, by stages from the split and from the original; goes on with the split's answer."""
 
-    def __init__(self, loader: StageLoader, source: Source, proof: Proof, progress: Progress) -> None:
+    def __init__(
+        self, loader: StageLoader, source: Source, proof: Proof, progress: Progress, lengths: Sequence[int]
+    ) -> None:
         self._loader = loader
         self._source = source
         self._spec = loader.spec
@@ -80,7 +103,7 @@ class _Prover:
         self._progress = progress
         self._parts = sum(1 for _ in model_parts(self._spec))
         self._done = 0
-        self._layouts = (self._layout(), self._layout())
+        self._layouts = (self._layout(lengths), self._layout(lengths))
         self._gated = Gated(None)
 
     def answer(self, call: StageCall) -> Any:
@@ -141,7 +164,7 @@ class _Prover:
         self, place: Place, part: str, load: Callable[[], nn.Module], make: Callable[[], nn.Module]
     ) -> tuple[nn.Module, nn.Module]:
         """A stage as a service loads it, and one of the original's tensors; the tensors themselves are compared too."""
-        ours, tensors = load(), self._source.part(part)
+        ours, tensors = load(), self._originals(part)
         compare_part(self._loader.folder, self._loader.manifest, part, tensors, place)
         with torch.device("meta"):
             theirs = make()
@@ -157,14 +180,19 @@ class _Prover:
         self._progress(part, self._done, self._parts)
         return ours, narrow(theirs.eval().requires_grad_(False), DTYPES[self._spec.dtype])
 
+    def _originals(self, part: str) -> Mapping[str, PartTensor]:
+        try:
+            return self._source.part(part)
+        except KeyError:  # it is another model, with fewer layers or experts
+            return {}
+
     def _same(self, place: Place, part: str, ours: Tensor, theirs: Tensor) -> Tensor:
         place.outputs += ours.numel()
         if ours.shape != theirs.shape or not torch.equal(bytes_of(ours), bytes_of(theirs)):
             place.faults.append(f"{part}: stages of both give other bits for the same rows")
         return ours
 
-    def _layout(self) -> Sequences:
-        lengths = [min(length, self._spec.context) for length in LENGTHS]
+    def _layout(self, lengths: Sequence[int]) -> Sequences:
         if not self._spec.generates:
             return Sequences(torch.tensor(lengths))
         spans, used = [], 0
