@@ -46,7 +46,8 @@ def make_leases(stage: Stage, kv_tokens: int, lease_s: float) -> Leases:
             " lower --kv-tokens, or split the model with a smaller --context"
         )
     event("kv_cache", blocks=blocks, bytes=blocks * block_bytes)
-    return Leases(KeyValueCache(spec, blocks, stage.device), stage.loader.rotary(), spec.layers, lease_s)
+    cache = KeyValueCache(spec, blocks, stage.device)
+    return Leases(cache, stage.loader.rotary(), spec.layers, lease_s, context=spec.context)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from expertmesh.errors import DeadlineExceeded
+from expertmesh.errors import DeadlineExceeded, InvalidInput
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.serving.passes import Provenance
 from expertmesh.telemetry import metrics
@@ -74,6 +74,8 @@ class Generation:
         epoch: Grows each time it has to be computed anew.
         id: Names it to gating; nobody can guess it.
         left: Whether nobody waits for it any more.
+        rebuilds: How often it had to be computed anew.
+        heard_s: When its home last heard of it, on the clock of `time.monotonic`.
     """
 
     wish: Wish
@@ -83,6 +85,7 @@ class Generation:
     id: bytes = field(default_factory=lambda: Generation.new_id())
     left: bool = False
     rebuilds: int = 0
+    heard_s: float = 0.0
     _events: asyncio.Queue[Token | BaseException] = field(default_factory=asyncio.Queue)
     _last_s: float = field(default_factory=time.monotonic)
 
@@ -167,3 +170,19 @@ class Generation:
                     return
         finally:
             self.left = True
+
+
+def check_fits(prompt_tokens: int, max_tokens: int, context: int) -> int:
+    """The number of tokens that may be generated behind a prompt.
+
+    Args:
+        prompt_tokens: Tokens of the prompt.
+        max_tokens: What the caller asks for; 0 for as many as there is room for.
+        context: Most tokens of a sequence.
+
+    Raises:
+        InvalidInput: The prompt leaves no room.
+    """
+    if prompt_tokens >= context:
+        raise InvalidInput(f"the prompt has {prompt_tokens} tokens; with an answer at most {context} fit", "prompt")
+    return min(max_tokens or context, context - prompt_tokens)

@@ -9,14 +9,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
-from expertmesh.errors import MeshError
 from expertmesh.model.spec import ModelSpec
 from expertmesh.rpc import request_id as request_ids
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.serving.batcher import Batcher, Limits
-from expertmesh.serving.generation import NO_LOGPROBS, Token, Wish
+from expertmesh.serving.generation import NO_LOGPROBS, Token, Wish, check_fits
 from expertmesh.serving.requests import check_generate, check_tokenize, sampling_of
-from expertmesh.serving.scheduler import check_fits
 from expertmesh.telemetry import metrics
 from expertmesh.telemetry.logging import event
 from expertmesh.tokenization.stream import TextStream
@@ -207,8 +205,6 @@ async def _merged(streams: Sequence[AsyncGenerator[GenerateResponse, None]]) -> 
             async with aclosing(stream) as opened:
                 async for message in opened:
                     messages.put_nowait(message)
-        except MeshError as failure:
-            error = failure
         except Exception as failure:
             error = failure
         messages.put_nowait(_Ended(error))

@@ -54,6 +54,7 @@ class Leases:
         layers: Of the model.
         lease_s: How long a sequence may be silent before it is forgotten.
         clock: Tells the time, in seconds.
+        context: Most tokens of a sequence.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class Leases:
         layers: int,
         lease_s: float,
         clock: Callable[[], float] = time.monotonic,
+        context: int = 2**31 - 1,
     ) -> None:
         self._cache = cache
         self._rotary = rotary
         self._layers = layers
         self._lease_s = lease_s
         self._clock = clock
+        self._context = context
         self._free = list(range(cache.blocks))
         self._leases: dict[bytes, _Lease] = {}
         metrics.KV_BLOCKS.labels("total").set(cache.blocks)
@@ -80,7 +83,10 @@ class Leases:
         return len(self._free)
 
     def open(self, sequence: bytes, epoch: int, tokens: int) -> None:
-        """Reserves room for a sequence; opening it again with a higher epoch starts it anew.
+        """Reserves room for a sequence.
+
+        Opening it again with a higher epoch starts it anew; with the same epoch it is heard of, and
+        gets more room if it asks for more.
 
         Raises:
             InvalidInput: The id is malformed, or it can never fit.
@@ -91,6 +97,8 @@ class Leases:
             raise InvalidInput(f"a sequence's id has {ID_BYTES} bytes, not {len(sequence)}", "sequence")
         if tokens < 1 or epoch < 0:
             raise InvalidInput("tokens must be positive and epoch must not be negative", "tokens")
+        if tokens > self._context:
+            raise InvalidInput(f"{tokens} tokens are more than the model's context, {self._context}", "tokens")
         needed = blocks_of(tokens)
         if needed > self._cache.blocks:
             most = self._cache.blocks * BLOCK_TOKENS
@@ -98,17 +106,14 @@ class Leases:
         known = self._leases.get(sequence)
         if known is not None and known.epoch > epoch:
             raise WrongPart("this sequence is open with a later epoch")
-        if known is not None and known.epoch == epoch and len(known.blocks) >= needed:
+        if known is None or known.epoch < epoch:
+            self.release([sequence])
+            lease = _Lease(epoch, tokens, self._take(needed), [0] * self._layers, self._clock())
+            self._leases[sequence] = lease
+        else:
             known.heard_s = self._clock()
-            return
-        self.release([sequence])
-        if needed > len(self._free):
-            self.reap()
-        if needed > len(self._free):
-            raise Overloaded(f"the KV cache has {len(self._free)} free blocks, {needed} are needed", RETRY_AFTER_S)
-        blocks = [self._free.pop() for _ in range(needed)]
-        self._cache.renew(blocks)
-        self._leases[sequence] = _Lease(epoch, tokens, blocks, [0] * self._layers, self._clock())
+            known.blocks += self._take(needed - len(known.blocks))
+            known.tokens = max(known.tokens, tokens)
         self._tell()
 
     def release(self, sequences: Sequence[bytes]) -> int:
@@ -155,6 +160,15 @@ class Leases:
         if any(place.position > lease.layer2cached[layer] for layer in layers):
             raise WrongPart("tokens before these rows are not cached")
         return Span(lease.blocks, place.position, place.rows)
+
+    def _take(self, needed: int) -> list[int]:
+        if needed > len(self._free):
+            self.reap()
+        if needed > len(self._free):
+            raise Overloaded(f"the KV cache has {len(self._free)} free blocks, {needed} are needed", RETRY_AFTER_S)
+        blocks = [self._free.pop() for _ in range(needed)]
+        self._cache.renew(blocks)
+        return blocks
 
     def _tell(self) -> None:
         metrics.KV_BLOCKS.labels("used").set(self._cache.blocks - len(self._free))

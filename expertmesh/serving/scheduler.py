@@ -9,39 +9,27 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from expertmesh.errors import InvalidInput, MeshError, Overloaded, Unavailable
+from expertmesh.errors import MeshError, Overloaded, Unavailable
 from expertmesh.serving.generation import Generation, Token, Wish
 from expertmesh.serving.passes import Provenance
+from expertmesh.serving.steps import Work, plan_step
 from expertmesh.telemetry import metrics
 from expertmesh.telemetry.logging import event
 from expertmesh.v1.sampling_pb2 import TokenLogprobs
 
 MAX_REBUILDS = 8
 RETRY_OPEN_S = 0.05
+KEEP_EVERY_S = 5.0  # a home forgets what it does not hear of
 
 
 class HomeLost(Exception):
     """A home lost its caches, or cannot be reached: its sequences have to be computed anew, elsewhere or there."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """Rows of one sequence in a step.
-
-    Attributes:
-        generation: The sequence.
-        rows: How many of its missing tokens are computed.
-        draws: Whether the next token is drawn from the last of them.
-    """
-
-    generation: Generation
-    rows: int
-    draws: bool
 
 
 class Home(Protocol):
@@ -52,7 +40,13 @@ class Home(Protocol):
         """Whether it takes sequences."""
 
     async def open(self, generation: Generation) -> None:
-        """Reserves room; raises Overloaded if there is none just now, InvalidInput if there never will be."""
+        """Reserves room; for what is open already it says that it is still wanted.
+
+        Raises:
+            Overloaded: There is none just now.
+            InvalidInput: There never will be.
+            HomeLost: It cannot be had here.
+        """
 
     async def release(self, generations: Sequence[Generation]) -> None:
         """Frees sequences; never raises."""
@@ -150,11 +144,14 @@ class Scheduler:
         if not live:
             while self._waiting:
                 self._waiting.popleft().fail(self._unavailable())
-        running = sum(lane.load for lane in self._lanes.values())
-        metrics.GENERATIONS.labels("waiting").set(len(self._waiting))
-        metrics.GENERATIONS.labels("running").set(running)
+        self.tell()
         for lane in self._lanes.values():
             lane.wake()
+
+    def tell(self) -> None:
+        """Brings the metrics up to date."""
+        metrics.GENERATIONS.labels("waiting").set(len(self._waiting))
+        metrics.GENERATIONS.labels("running").set(sum(lane.load for lane in self._lanes.values()))
 
 
 class _Lane:
@@ -164,6 +161,7 @@ class _Lane:
         self.home = home
         self._scheduler = scheduler
         self._limits = limits
+        self._most = min(limits.sequences, limits.rows)  # each that runs has a row in every step
         self._running: list[Generation] = []
         self._awake = asyncio.Event()
         self._retry: asyncio.TimerHandle | None = None
@@ -179,7 +177,7 @@ class _Lane:
     @property
     def has_room(self) -> bool:
         """Whether it may take another one."""
-        return not self.is_full and self.load < self._limits.sequences and self.home.is_live
+        return not self.is_full and self.load < self._most and self.home.is_live
 
     def wake(self) -> None:
         """Lets it look again whether there is work."""
@@ -195,6 +193,7 @@ class _Lane:
             try:
                 await self._release_left()
                 await self._admit()
+                self._scheduler.tell()
                 if self._running:
                     await self._step()
                     continue
@@ -225,13 +224,13 @@ class _Lane:
                 generation.fail(Unavailable("it could not be started", "gating"))
                 raise
             else:
+                generation.heard_s = time.monotonic()
                 self._running.append(generation)
 
     def _wait_for_room(self) -> None:
         """Nothing is opened until something was released here; another program may have, so look again anyway."""
         self.is_full = True
-        loop = asyncio.get_running_loop()
-        self._retry = loop.call_later(RETRY_OPEN_S, self._look_again)
+        self._retry = asyncio.get_running_loop().call_later(RETRY_OPEN_S, self._look_again)
 
     def _look_again(self) -> None:
         self.is_full = False
@@ -254,6 +253,7 @@ class _Lane:
         work = plan_step(self._running, self._limits.rows)
         metrics.STEP_ROWS.observe(sum(piece.rows for piece in work))
         try:
+            await self._keep({piece.generation for piece in work})
             drawn, provenance = await self.home.step(work)
         except HomeLost:
             lost, self._running = self._running, []
@@ -271,6 +271,19 @@ class _Lane:
                 ended.append(piece.generation)
         await self._release(ended)
 
+    async def _keep(self, heard: set[Generation]) -> None:
+        """Speaks of sequences that have no part in the next step, lest they are forgotten."""
+        now_s = time.monotonic()
+        for generation in heard:
+            generation.heard_s = now_s
+        for generation in [one for one in self._running if now_s - one.heard_s > KEEP_EVERY_S]:
+            generation.heard_s = now_s
+            try:
+                await self.home.open(generation)
+            except MeshError:  # it was forgotten, and others have its room
+                self._running.remove(generation)
+                self._lost([generation])
+
     def _lost(self, generations: Sequence[Generation]) -> None:
         again = []
         for generation in generations:
@@ -286,40 +299,3 @@ class _Lane:
         for generation in failed:
             generation.fail(error)
         await self._release(failed)
-
-
-def plan_step(running: Sequence[Generation], rows: int) -> list[Work]:
-    """What shares the next step: first every sequence that needs one row, then chunks of the others, oldest first.
-
-    Args:
-        running: The sequences at one home, oldest first.
-        rows: Most token rows in the step.
-
-    Returns:
-        Work for at least one sequence; together at most `rows` rows.
-    """
-    decoding = [generation for generation in running if generation.missing == 1][:rows]
-    work = [Work(generation, 1, True) for generation in decoding]
-    left = rows - len(work)
-    for generation in running:
-        if left and generation.missing > 1:
-            chunk = min(generation.missing, left)
-            work.append(Work(generation, chunk, chunk == generation.missing))
-            left -= chunk
-    return work
-
-
-def check_fits(prompt_tokens: int, max_tokens: int, context: int) -> int:
-    """The number of tokens that may be generated behind a prompt.
-
-    Args:
-        prompt_tokens: Tokens of the prompt.
-        max_tokens: What the caller asks for; 0 for as many as there is room for.
-        context: Most tokens of a sequence.
-
-    Raises:
-        InvalidInput: The prompt leaves no room.
-    """
-    if prompt_tokens >= context:
-        raise InvalidInput(f"the prompt has {prompt_tokens} tokens; with an answer at most {context} fit", "prompt")
-    return min(max_tokens or context, context - prompt_tokens)

@@ -24,8 +24,9 @@ from expertmesh.serving.inspection import Observer, Trace, chunks
 from expertmesh.serving.leases import Leases, Place
 from expertmesh.serving.passes import Provenance, are_exact
 from expertmesh.serving.sampling import decode_draw, encode_token
-from expertmesh.serving.scheduler import Scheduler, StepLimits, Work
+from expertmesh.serving.scheduler import Scheduler, StepLimits
 from expertmesh.serving.stage import Stage
+from expertmesh.serving.steps import Work
 from expertmesh.serving.tokenizing import TokenizerServicer
 from expertmesh.telemetry import metrics
 from expertmesh.v1.inference_pb2 import CONTRACT_MESH_ONLY, ROUTE_FULL_MODEL, ROUTE_MESH, Contract, Route
@@ -88,9 +89,7 @@ class LocalHome:
 
     def _step(self, work: Sequence[Work]) -> list[TokenLogprobs]:
         started_s = perf_counter()
-        ids_T = [
-            id_ for one in work for id_ in one.generation.ids[one.generation.cached : one.generation.cached + one.rows]
-        ]
+        ids_T = [id_ for one in work for id_ in one.ids]
         places = [Place(one.generation.id, one.generation.epoch, one.generation.cached, one.rows) for one in work]
         ends = np.cumsum([one.rows for one in work]) - 1
         lasts = [int(end) for end, one in zip(ends, work, strict=True) if one.draws]

@@ -9,13 +9,22 @@ from typing import Any
 import numpy as np
 
 from expertmesh.dispatch import Gate, Score, StageCall, drive_async, layer_loop
-from expertmesh.errors import CorruptReply, DeadlineExceeded, MeshError, Unavailable, WrongPart
+from expertmesh.errors import (
+    CorruptReply,
+    DeadlineExceeded,
+    InvalidInput,
+    MeshError,
+    Overloaded,
+    Unavailable,
+    WrongPart,
+)
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.replica import Replica, State
 from expertmesh.serving.generation import Generation
 from expertmesh.serving.inspection import Observer, chunks
 from expertmesh.serving.passes import Provenance
-from expertmesh.serving.scheduler import HomeLost, Work
+from expertmesh.serving.scheduler import HomeLost
+from expertmesh.serving.steps import Work
 from expertmesh.telemetry import tracing
 from expertmesh.v1.gating_pb2 import OpenRequest, Place, ReleaseRequest
 from expertmesh.v1.inference_pb2 import ROUTE_MESH
@@ -26,7 +35,7 @@ from .stage_calls import Rows, StageCalls
 
 CALL_TIMEOUT_S = 5.0
 STEP_TIMEOUT_S = 60.0
-LOSSES = (Unavailable, CorruptReply, WrongPart, DeadlineExceeded)
+LOSSES = (Unavailable, CorruptReply, WrongPart)
 
 
 class GatingHome:
@@ -65,12 +74,25 @@ class GatingHome:
 
         Raises:
             HomeLost: What was cached here is lost.
-            MeshError: Another stage failed.
+            Unavailable: A stage is gone, refused what the mesh asked of it, or took too long.
+            CorruptReply: Another stage was wrong.
         """
+        try:
+            return await self._step(work)
+        except (
+            InvalidInput,
+            WrongPart,
+            Overloaded,
+        ) as error:  # whatever a caller asked for, the request was the mesh's
+            raise Unavailable(f"a stage refused a step: {error}", "gateway") from None
+        except DeadlineExceeded:
+            raise Unavailable(f"a step took longer than {STEP_TIMEOUT_S:.0f} s", "gateway") from None
+
+    async def _step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
         pieces = [piece.generation for piece in work]
         places = [Place(sequence=one.id, epoch=one.epoch, position=one.cached) for one in pieces]
         calls = StageCalls(self._mesh, Deadline.after(STEP_TIMEOUT_S), places, self._replica)
-        ids_T = np.array([id_ for one in work for id_ in _ids(one)], np.int32)
+        ids_T = np.array([id_ for one in work for id_ in one.ids], np.int32)
         lengths_B = np.array([one.rows for one in work], np.int32)
         with tracing.span("step", rows=len(ids_T), sequences=len(work)):
             x_TD = await self._rows(calls, ids_T, lengths_B)
@@ -88,7 +110,7 @@ class GatingHome:
         generation_id, lengths = Generation.new_id(), np.array(ids, np.int32)
         try:
             await self._open(generation_id, 0, len(ids))
-            for part in chunks(len(ids), chunk):
+            for part in chunks(len(ids), min(chunk or len(ids), self._mesh.step_rows)):
                 place = Place(sequence=generation_id, position=part.start)
                 calls = StageCalls(self._mesh, deadline, [place], self._replica)
                 rows_B = np.array([part.stop - part.start], np.int32)
@@ -121,16 +143,15 @@ class GatingHome:
             await self._mesh.gating.call("Open", request, Deadline.after(CALL_TIMEOUT_S), _taken, at=self._replica)
         except LOSSES as error:
             raise HomeLost(str(error)) from None
+        except DeadlineExceeded:
+            late = f"it did not open a sequence within {CALL_TIMEOUT_S:.0f} s"
+            self._replica.lose(late)
+            raise HomeLost(late) from None
 
     async def _release(self, sequences: Sequence[bytes]) -> None:
         request = ReleaseRequest(sequences=sequences)
         with suppress(MeshError):
             await self._mesh.gating.call("Release", request, Deadline.after(CALL_TIMEOUT_S), _taken, at=self._replica)
-
-
-def _ids(work: Work) -> list[int]:
-    generation = work.generation
-    return generation.ids[generation.cached : generation.cached + work.rows]
 
 
 def _taken(reply: Any, origin: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,6 +43,7 @@ from expertmesh.v1.tokenizer_pb2 import (
 
 from .homes import GatingHome
 from .mesh import Mesh
+from .stage_calls import check_token
 
 ReplyT = TypeVar("ReplyT")
 
@@ -57,6 +59,7 @@ class RoutedTokens:
     def __init__(self, mesh: Mesh, limits: StepLimits) -> None:
         self._mesh = mesh
         self._homes = [GatingHome(mesh, replica) for replica in mesh.gating.replicas]
+        limits = replace(limits, rows=min(limits.rows, mesh.step_rows))
         self._scheduler = Scheduler(lambda: self._homes, limits, mesh.gating.unavailable)
 
     async def tokens(self, wish: Wish, contract: Contract, route: Route) -> AsyncGenerator[Token, None]:
@@ -106,24 +109,29 @@ class RoutedTokens:
     async def _by_full_model(self, wish: Wish, known: list[int]) -> AsyncGenerator[Token, None]:
         full_model = self._mesh.require_full_model()
         tries = sum(replica.attempts for replica in full_model.replicas)
+
+        def read(reply: GenerateResponse) -> list[Token]:
+            return self._read(reply, wish)
+
         while True:
             tries -= 1
             try:
-                request = _resumed(wish, known)
-                replies = full_model.stream("Generate", request, wish.deadline, self._read)
+                request = self._resumed(wish, known)
+                replies = full_model.stream("Generate", request, wish.deadline, read)
                 async with aclosing(replies) as messages:
                     async for token in messages:
                         known.append(token.drawn.id)
                         yield token
-                return
+                        if token.finish != FINISH_REASON_UNSPECIFIED:
+                            return
+                raise CorruptReply("full_model ended a stream before its last token")
             except (Unavailable, CorruptReply):
                 if not tries or not full_model.live:
                     raise
 
-    def _read(self, reply: GenerateResponse) -> list[Token]:
-        vocab = self._mesh.manifest.spec.embedding.vocab
-        if not all(0 <= drawn.id < vocab for drawn in reply.tokens):
-            raise CorruptReply("a token is not in the vocabulary")
+    def _read(self, reply: GenerateResponse, wish: Wish) -> list[Token]:
+        for drawn in reply.tokens:
+            check_token(drawn, wish.logprobs, self._mesh.manifest.spec.embedding.vocab)
         provenance = Provenance(ROUTE_FULL_MODEL, are_exact({reply.profile}), reply.profile)
         finish: list[FinishReason] = [FINISH_REASON_UNSPECIFIED] * len(reply.tokens)
         if reply.finish_reason != FINISH_REASON_UNSPECIFIED:
@@ -131,6 +139,27 @@ class RoutedTokens:
                 raise CorruptReply("it ends without a token")
             finish[-1] = reply.finish_reason
         return [Token(drawn, why, provenance) for drawn, why in zip(reply.tokens, finish, strict=True)]
+
+    def _resumed(self, wish: Wish, known: Sequence[int]) -> GenerateRequest:
+        """A request that goes on with a sequence: random numbers depend on seed, choice and position alone."""
+        sampling = wish.sampling
+        own_ids = frozenset(self._mesh.manifest.spec.head.end_ids)
+        ends = own_ids <= wish.end_ids
+        return GenerateRequest(
+            ids=TokenIds(ids=[*wish.prompt, *known]),
+            max_tokens=wish.max_tokens - len(known),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=sampling.seed,
+            stop_ids=sorted(wish.end_ids - own_ids if ends else wish.end_ids),
+            ignore_end=not ends,
+            first_choice=wish.choice,
+            logprobs=None if wish.logprobs == NO_LOGPROBS else wish.logprobs,
+            route=ROUTE_FULL_MODEL,
+        )
 
 
 class RoutedTokenizing:
@@ -176,23 +205,3 @@ class RoutedTokenizing:
             if not self._mesh.has_full_model:
                 raise
         return await self._mesh.require_full_model().call(method, request, deadline, read)
-
-
-def _resumed(wish: Wish, known: Sequence[int]) -> GenerateRequest:
-    """A request that goes on with a sequence: random numbers depend on seed, choice and position alone."""
-    sampling = wish.sampling
-    return GenerateRequest(
-        ids=TokenIds(ids=[*wish.prompt, *known]),
-        max_tokens=wish.max_tokens - len(known),
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=sampling.seed,
-        stop_ids=sorted(wish.end_ids),
-        ignore_end=True,
-        first_choice=wish.choice,
-        logprobs=None if wish.logprobs == NO_LOGPROBS else wish.logprobs,
-        route=ROUTE_FULL_MODEL,
-    )

@@ -33,6 +33,7 @@ from expertmesh.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 
 ANSWER_CALLERS = ("tokenizer", "full_model")  # what they refuse is the caller's text; other requests are the mesh's own
 MESSAGE_MARGIN_BYTES = 64 * 2**10  # for what a message has beside its rows
+PLACE_BYTES = 64  # of where a row belongs in the KV cache
 
 
 class FullModelStub:
@@ -82,7 +83,10 @@ class Mesh:
         self.manifest = manifest
         self.wire_dtype = wire.ROW_DTYPES[wire_dtype or manifest.spec.dtype]
         self.narrows = wire_dtype not in ("", "float32", manifest.spec.dtype)
-        self.message_rows = max(1, (max_message_bytes - MESSAGE_MARGIN_BYTES) // (4 * manifest.spec.width))
+        self.message_bytes = max_message_bytes - min(MESSAGE_MARGIN_BYTES, max_message_bytes // 2)
+        self.message_rows = max(1, self.message_bytes // (4 * manifest.spec.width))
+        gated_bytes = 8 * manifest.spec.width + 8 * manifest.spec.router.top_k + PLACE_BYTES
+        self.step_rows = max(1, self.message_bytes // gated_bytes)
         self._connect = partial(open_channel, max_message_bytes=max_message_bytes, tracing=tracing)
         self.tokenizer = self._single(mesh_file, "tokenizer", manifest.tokenizer_parts())
         self.embedding = self._single(mesh_file, "embedding", [names.embedding_part()])

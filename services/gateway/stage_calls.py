@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from expertmesh.v1.classifier_pb2 import Draw, SampleRequest, SampleResponse, Sc
 from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
 from expertmesh.v1.expert_pb2 import ApplyRequest, ApplyResponse
 from expertmesh.v1.gating_pb2 import GateRequest, GateResponse, Place
-from expertmesh.v1.sampling_pb2 import TokenLogprobs
+from expertmesh.v1.sampling_pb2 import TokenLogprob, TokenLogprobs
 
 from .mesh import Mesh, expert_unavailable
 
+MOST_LOGPROB = 1e-3  # rounding may lift a certain token a little above 0
 Rows = npt.NDArray[Any]
 
 
@@ -80,19 +82,24 @@ class StageCalls:
                     return await self._score(call)
 
     async def sample(self, rows_BD: Rows, draws: Sequence[Draw]) -> list[TokenLogprobs]:
-        """The next token of each row."""
+        """The next token of each row; more than one message where one would be too large."""
+        tokens: list[TokenLogprobs] = []
+        with self.stopwatch.time("classifier"):
+            for rows in cut([4 * self._spec.width + draw.ByteSize() + 8 for draw in draws], self._mesh.message_bytes):
+                tokens += await self._sample(rows_BD[rows], draws[rows])
+        return tokens
 
+    async def _sample(self, rows_BD: Rows, draws: Sequence[Draw]) -> list[TokenLogprobs]:
         def read(reply: SampleResponse, origin: Origin) -> list[TokenLogprobs]:
-            self._note(origin)
             if len(reply.tokens) != len(draws):
                 raise CorruptReply("it has not one token for each row")
-            if not all(0 <= token.id < self._spec.embedding.vocab for token in reply.tokens):
-                raise CorruptReply("a token is not in the vocabulary")
+            for token, draw in zip(reply.tokens, draws, strict=True):
+                check_token(token, draw.logprobs, self._spec.embedding.vocab)
+            self._note(origin)
             return list(reply.tokens)
 
         request = SampleRequest(rows=wire.encode(rows_BD), draws=draws)
-        with self.stopwatch.time("classifier"):
-            return await self._mesh.classifier.call("Sample", request, self._deadline, read)
+        return await self._mesh.classifier.call("Sample", request, self._deadline, read)
 
     async def _embed(self, call: Embed) -> Rows:
         def read(reply: EmbedResponse, origin: Origin) -> Rows:
@@ -128,13 +135,25 @@ class StageCalls:
         return await self._mesh.gating.call("Gate", request, self._deadline, read, at=self._home)
 
     async def _score(self, call: Score) -> Scores:
+        if not self._spec.generates:
+            return await self._score_sequences(call)
+        at_once = max(1, self._mesh.message_bytes // (4 * max(self._spec.embedding.vocab, self._spec.width)))
+        starts = range(0, len(call.x_TD), at_once)
+        return Scores(np.concatenate([await self._score_rows(call.x_TD[at : at + at_once]) for at in starts]), None)
+
+    async def _score_rows(self, x_TD: Rows) -> Rows:
+        def read(reply: ScoreResponse, origin: Origin) -> Rows:
+            self._note(origin)
+            return wire.decode_finite(reply.logits, (len(x_TD), self._spec.embedding.vocab), "logits")
+
+        request = ScoreRequest(rows=wire.encode(x_TD), lengths=wire.encode(np.array([len(x_TD)], np.int32)))
+        return await self._mesh.classifier.call("Score", request, self._deadline, read)
+
+    async def _score_sequences(self, call: Score) -> Scores:
         shape = (len(call.lengths_B), len(self._spec.head.labels))
 
         def read(reply: ScoreResponse, origin: Origin) -> Scores:
             self._note(origin)
-            if self._spec.generates:
-                vocab = self._spec.embedding.vocab
-                return Scores(wire.decode_finite(reply.logits, (len(call.x_TD), vocab), "logits"), None)
             logits_BC = wire.decode_finite(reply.logits, shape, "logits")
             return Scores(logits_BC, wire.decode_finite(reply.probabilities, shape, "probabilities"))
 
@@ -199,6 +218,37 @@ class StageCalls:
 
     def _note(self, origin: Origin) -> None:
         self.profiles.add(origin.profile)
+
+
+def check_token(token: TokenLogprobs, logprobs: int, vocab: int) -> None:
+    """Refuses a token that a head cannot have drawn.
+
+    Args:
+        token: The token.
+        logprobs: How many of the likeliest tokens were asked for; negative for no log probability at all.
+        vocab: Tokens of the model.
+
+    Raises:
+        CorruptReply: It is not in the vocabulary, or its log probabilities cannot be right.
+    """
+    told: list[TokenLogprobs | TokenLogprob] = [token, *token.top]
+    if not all(0 <= one.id < vocab for one in told):
+        raise CorruptReply("a token is not in the vocabulary")
+    if len(token.top) != min(max(logprobs, 0), vocab):
+        raise CorruptReply("it has not as many log probabilities as were asked for")
+    if logprobs >= 0 and not all(-inf < one.logprob <= MOST_LOGPROB for one in told):
+        raise CorruptReply("a log probability cannot be right")
+
+
+def cut(sizes: Sequence[int], most: int) -> list[slice]:
+    """Cuts items into runs whose sizes sum to at most `most`; one that is larger stands alone."""
+    starts, total = [0], 0
+    for index, size in enumerate(sizes):
+        total += size
+        if total > most and index > starts[-1]:
+            starts.append(index)
+            total = size
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
 def messages(work: Sequence[tuple[int, slice]], most_rows: int) -> list[list[tuple[int, slice]]]:
