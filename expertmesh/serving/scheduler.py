@@ -87,9 +87,7 @@ class Scheduler:
     def __init__(
         self, homes: Callable[[], Sequence[Home]], limits: StepLimits, unavailable: Callable[[], Unavailable]
     ) -> None:
-        self._homes = homes
-        self._limits = limits
-        self._unavailable = unavailable
+        self._homes, self._limits, self._unavailable = homes, limits, unavailable
         self._waiting: deque[Generation] = deque()
         self._lanes: dict[int, _Lane] = {}
 
