@@ -5,7 +5,7 @@ import pytest
 
 from expertmesh.v1.inspection_pb2 import InspectResponse, LayerTrace
 from expertmesh.v1.tensor_pb2 import Tensor
-from expertmesh.verification.sequences import logits_apart
+from expertmesh.verification.sequences import logits_apart, singles
 from expertmesh.verification.traces import bits_apart, differing_bits, first_difference
 from expertmesh.wire import encode
 
@@ -90,3 +90,10 @@ def test_logits_that_differ_in_the_sign_of_zero_differ() -> None:
     assert logits_apart(left, right) == (1, 0.0)
     assert logits_apart(left, floats(1, 3))[1] == float("inf")
     assert logits_apart(floats(1, 3), encode(np.array([[0.0, 1.5, 2.0]], np.float32)))[1] == 0.5
+
+
+def test_sequences_go_token_by_token_as_long_as_they_fit_and_one_does_anyway() -> None:
+    sequences = [[0] * length for length in (5, 90, 3, 20, 2)]
+    assert singles(sequences, 30) == {0, 2, 3, 4}
+    assert singles(sequences, 10) == {0, 2, 4}
+    assert singles(sequences, 1) == {4}

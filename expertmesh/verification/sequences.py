@@ -69,7 +69,7 @@ async def compare_sequences(
     Args:
         client: A gateway whose mesh and full model have inspection on.
         sequences: Token ids.
-        single_tokens: Sequences go token by token until so many tokens have.
+        single_tokens: About so many tokens go one by one, those of whole sequences.
         callers: Sequences under way at once.
         progress: Is told that one sequence is done.
         shown: Is shown the mesh's trace of each whole sequence, with its index.
@@ -78,14 +78,14 @@ async def compare_sequences(
         MeshError: A call failed.
     """
     findings = Findings({name: Tally(name) for name in (*CHUNKS, AGAINST_WHOLE)})
-    singles = _singles(sequences, single_tokens)
+    single = singles(sequences, single_tokens)
     indices: Iterator[int] = iter(range(len(sequences)))
 
     async def caller() -> None:
         for index in indices:
             logits: Tensor | None = None
             for name, chunk in CHUNKS.items():
-                if chunk == 1 and index not in singles:
+                if chunk == 1 and index not in single:
                     continue
                 trace = await _compare(client, index, sequences[index], name, findings)
                 if logits is None:
@@ -127,10 +127,10 @@ def logits_apart(left: Tensor, right: Tensor) -> tuple[int, float]:
     return bits, float(np.abs(array(left, wire.FLOAT32) - array(right, wire.FLOAT32)).max())
 
 
-def _singles(sequences: Sequence[Ids], most_tokens: int) -> set[int]:
+def singles(sequences: Sequence[Ids], most_tokens: int) -> set[int]:
+    """Indices of those that go token by token: as many as fit, and the shortest if none does."""
     chosen: set[int] = set()
     for index, ids in enumerate(sequences):
-        if sum(len(sequences[other]) for other in chosen) + len(ids) > most_tokens:
-            break
-        chosen.add(index)
-    return chosen
+        if sum(len(sequences[other]) for other in chosen) + len(ids) <= most_tokens:
+            chosen.add(index)
+    return chosen or {min(range(len(sequences)), key=lambda index: len(sequences[index]))}
