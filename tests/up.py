@@ -97,7 +97,9 @@ class Up:
         process = self.processes()[name]
         arguments = [f"--model={self.state['model']}", f"--listen={process['address']}", f"--name={name}"]
         if process["kind"] == "expert":
-            arguments.append(f"--experts=*:{process['service'].removeprefix('expert-')}")
+            held = [int(number) for number in process["service"].split("-")[1:]]  # expert-3, experts-4-7
+            experts = ",".join(f"*:{expert}" for expert in range(held[0], held[-1] + 1))
+            arguments.append(f"--experts={experts}")
         command = [sys.executable, "-P", "-m", f"services.{process['kind']}", *arguments]
         with (self.run_dir / "logs" / f"{name}.again.log").open("w") as log:
             self.replacements = [*getattr(self, "replacements", []), subprocess.Popen(command, stderr=log)]
