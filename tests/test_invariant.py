@@ -660,3 +660,16 @@ def test_the_suite_notices_a_plain_sigmoid(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(invariant, "sigmoid", torch.sigmoid)
     logits_TE = normal(ROWS, 13)
     assert changed_rows(lambda x: route(x, spec)[1], logits_TE, EVERY_COUNT) > 0
+
+
+@pytest.mark.parametrize("columns", [8, 32, 64])
+@pytest.mark.parametrize("outputs", [1, 2, 5, 8, 16])
+def test_narrow_products_in_bfloat16_keep_rows_bits(outputs: int, columns: int) -> None:
+    """torch has another kernel for small ones, of which there would be some among few rows and none among many."""
+    generator = torch.Generator().manual_seed(outputs * columns)
+    x_ND = torch.randn(2048, columns, generator=generator).bfloat16()
+    weight_OD = torch.randn(outputs, columns, generator=generator).bfloat16()
+    together = invariant.linear(x_ND, weight_OD)
+    for rows in (1, 8, 40):
+        apart = torch.cat([invariant.linear(part, weight_OD) for part in x_ND.split(rows)])
+        assert torch.equal(apart, together)

@@ -14,7 +14,10 @@ this on CPU in fp32 (measured, torch 2.13, AVX-512):
 - Attention over padded keys changes with the padded length: it is made a function of the sequence's own length.
 
 Layer norm, softmax, `exp`, `rsqrt`, means and sums over the last dimension, top-k, sort and embedding were equal in
-every case tried and are used as they are. In bfloat16 no product was found guilty, padded or not.
+every case tried and are used as they are.
+
+In bfloat16, torch computes products of up to `SMALL_PRODUCT` multiplications by another kernel, which rounds
+differently: rows are padded until a product is larger than that. Larger ones were equal, padded or not.
 Models are written with these operations only; tests/test_invariant.py holds them to it.
 """
 
@@ -27,6 +30,7 @@ from torch import Tensor
 ROW_MULTIPLE = 8
 COLUMN_MULTIPLE = 4
 ALIGNMENT_BYTES = 64
+SMALL_PRODUCT = 16**3
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -38,13 +42,21 @@ def aligned(x: Tensor) -> Tensor:
 def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """Multiplies rows with a weight matrix: [N, D] and [O, D] give [N, O]."""
     rows, columns = x_ND.shape
-    more_rows, more_columns = -rows % ROW_MULTIPLE, -columns % COLUMN_MULTIPLE
+    more_columns = -columns % COLUMN_MULTIPLE
+    more_rows = _padded_rows(rows, len(weight_OD) * (columns + more_columns), x_ND.dtype) - rows
     x_ND = F.pad(x_ND, (0, more_columns, 0, more_rows)) if more_rows or more_columns else aligned(x_ND)
     if more_columns:
         weight_OD = F.pad(weight_OD, (0, more_columns))
     elif len(weight_OD) % COLUMN_MULTIPLE:
         weight_OD = weight_OD.contiguous()  # it may be a transpose
     return F.linear(x_ND, weight_OD, bias_O)[:rows]
+
+
+def _padded_rows(rows: int, multiplications: int, dtype: torch.dtype) -> int:
+    """How many rows are computed in place of `rows`, each of which takes so many multiplications."""
+    if dtype == torch.bfloat16 and rows * multiplications <= SMALL_PRODUCT:
+        rows = SMALL_PRODUCT // multiplications + 1
+    return rows + -rows % ROW_MULTIPLE
 
 
 def silu(x: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ CLIENT_OPTIONS: tuple[tuple[str, int | str], ...] = (
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_concurrent_streams", 256),
+    ("grpc.server.max_pending_requests", 100_000),  # above it calls are dropped at random; we refuse by ourselves
+    ("grpc.server.max_pending_requests_hard_limit", 100_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.keepalive_permit_without_calls", 1),
 )
