@@ -120,7 +120,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(texts, piece
 
 
 def test_a_run_with_a_constant_rate_may_become_longer_while_it_has_not_begun_to_fall(texts, pieces, tmp_path):
-    short, long = changed(epochs=3), changed(epochs=4)
+    short, long = changed(epochs=3), changed(texts={"last_epochs": 0}, epochs=4, decay_epochs=2)
     per_epoch = Language(short, texts, pieces).steps_per_epoch
     trainer(long, texts, pieces, tmp_path / "long").run()
     trainer(short, texts, pieces, tmp_path / "short").run(stop_after=2 * per_epoch)
@@ -132,8 +132,9 @@ def test_a_run_with_a_constant_rate_may_become_longer_while_it_has_not_begun_to_
     states = [checkpoint.read_state(tmp_path / name) for name in ("long", "short")]
     assert_same_bits(states[0].tensors, states[1].tensors)
     trainer(short, texts, pieces, tmp_path / "late").run(stop_after=2 * per_epoch + 1)
-    with pytest.raises(SetupError, match="another configuration"):
-        trainer(long, texts, pieces, tmp_path / "late").resume()
+    for other in (long, changed(epochs=3, decay_epochs=2), changed(texts={"last_epochs": 0}, epochs=3)):
+        with pytest.raises(SetupError, match="another configuration"):
+            trainer(other, texts, pieces, tmp_path / "late").resume()
 
 
 def test_what_is_written_is_a_whole_checkpoint_that_scores_what_its_report_says(texts, folder, pieces, tmp_path):

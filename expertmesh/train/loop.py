@@ -157,7 +157,7 @@ class Trainer(Generic[BatchT]):
             tensors["generator.cuda"] = torch.cuda.get_rng_state()
         progress = {
             "run": self._run_digest(),
-            "epochs": self.config.train.epochs,
+            "end": self._end(),
             "step": self.step,
             "totals": self.totals.values,
             "history": self.history,
@@ -169,13 +169,12 @@ class Trainer(Generic[BatchT]):
         """Goes back to where the last state in the folder was written.
 
         Raises:
-            SetupError: There is none, or it is of another configuration or other data. Only the number of epochs may
-                be another, as long as the rate is constant and has not begun to fall.
+            SetupError: There is none, or it is of another configuration or other data. Only `epochs`,
+                `decay_epochs` and `last_epochs` may be others, as long as the rate is constant and does not yet fall.
         """
         state = checkpoint.read_state(self.out)
         progress, tensors = state.progress, state.tensors
-        same_length = progress["epochs"] == self.config.train.epochs
-        if progress["run"] != self._run_digest() or not (same_length or self._knew_no_end(progress)):
+        if progress["run"] != self._run_digest() or not self._leads_on(progress["step"], progress["end"]):
             raise SetupError(f"{self.out}: its state is of another configuration or other data; train anew without it")
         self.model.load_state_dict(_named(tensors, "model."))
         self.average.weights = {n: w.to(self.device) for n, w in _named(tensors, "average.").items()}
@@ -191,19 +190,27 @@ class Trainer(Generic[BatchT]):
         self.totals.values = progress["totals"]
         self._best = progress["best"]
 
-    def _knew_no_end(self, progress: dict[str, Any]) -> bool:
-        """Whether a state would be the same had its run been meant for as many epochs as this one.
+    def _end(self) -> list[int]:
+        """Epochs in all, and how many of the last differ, in two ways: what a run with a constant rate may change."""
+        return [self.config.train.epochs, self.config.train.decay_epochs, self.config.texts.last_epochs]
 
-        That is so where the rate is constant, and no run of the two has come to its last epochs, which are different.
+    def _leads_on(self, step: int, end: list[int]) -> bool:
+        """Whether a state of this step would be the same had its run been meant to end as this one does.
+
+        That is so where both runs have a constant rate, and none has come to its last epochs.
         """
-        train, last = self.config.train, max(self.config.train.decay_epochs, self.config.texts.last_epochs)
-        epochs = progress["step"] / self.task.steps_per_epoch
-        warm = train.warmup_steps <= min(progress["epochs"], train.epochs) * self.task.steps_per_epoch // 2
-        return train.decay_epochs > 0 and warm and epochs <= min(progress["epochs"], train.epochs) - last
+        if end == self._end():
+            return True
+        per_epoch, warmup = self.task.steps_per_epoch, self.config.train.warmup_steps
+        return self.decay_steps > 0 and all(
+            step <= (epochs - max(lasts)) * per_epoch and warmup <= epochs * per_epoch // 2
+            for epochs, *lasts in (end, self._end())
+        )
 
     def _run_digest(self) -> str:
         values = self.config.to_dict()
-        del values["train"]["epochs"]
+        values["train"] |= {"epochs": 0, "decay_epochs": self.config.train.decay_epochs > 0}
+        values.get("texts", {}).pop("last_epochs", None)
         told = json.dumps([values, self.data_digest], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()
 
