@@ -14,6 +14,7 @@ from expertmesh.errors import (
     DeadlineExceeded,
     InvalidInput,
     MeshError,
+    NotFinite,
     Overloaded,
     Unavailable,
     WrongPart,
@@ -22,7 +23,7 @@ from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.replica import Replica, State
 from expertmesh.serving.generation import Generation
 from expertmesh.serving.inspection import Observer, chunks
-from expertmesh.serving.passes import Provenance
+from expertmesh.serving.passes import PROFILE_SEPARATOR, Provenance
 from expertmesh.serving.scheduler import HomeLost
 from expertmesh.serving.steps import Work
 from expertmesh.telemetry import tracing
@@ -35,6 +36,7 @@ from .stage_calls import Rows, StageCalls
 
 CALL_TIMEOUT_S = 5.0
 STEP_TIMEOUT_S = 60.0
+MOST_RELEASED = 1024  # in one call
 LOSSES = (Unavailable, CorruptReply, WrongPart)
 
 
@@ -49,6 +51,7 @@ class GatingHome:
     def __init__(self, mesh: Mesh, replica: Replica) -> None:
         self._mesh = mesh
         self._replica = replica
+        self._owed: set[bytes] = set()  # sequences that it may hold though nobody wants them
 
     @property
     def is_live(self) -> bool:
@@ -66,7 +69,7 @@ class GatingHome:
         await self._open(generation.id, generation.epoch, generation.most_tokens)
 
     async def release(self, generations: Sequence[Generation]) -> None:
-        """Frees sequences; a replica that cannot be reached has lost them anyway, or forgets them by itself."""
+        """Frees sequences."""
         await self._release([generation.id for generation in generations])
 
     async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
@@ -99,7 +102,7 @@ class GatingHome:
             lasts = [last for last, one in zip(np.cumsum(lengths_B) - 1, work, strict=True) if one.draws]
             draws = [one.generation.draw() for one in work if one.draws]
             tokens = await calls.sample(x_TD[lasts], draws) if draws else []
-        return tokens, Provenance(ROUTE_MESH, calls.is_exact, " + ".join(sorted(calls.profiles)))
+        return tokens, Provenance(ROUTE_MESH, calls.is_exact, PROFILE_SEPARATOR.join(sorted(calls.profiles)))
 
     async def inspect(self, ids: Sequence[int], chunk: int, deadline: Deadline, observe: Observer) -> None:
         """Runs one sequence of ids through the layers, so many at a time, and shows every stage call.
@@ -126,6 +129,8 @@ class GatingHome:
         async def answer(call: StageCall) -> Any:
             try:
                 result = await calls.answer(call)
+            except NotFinite:
+                raise
             except LOSSES as error:
                 if isinstance(call, Gate):
                     raise HomeLost(str(error)) from None
@@ -138,20 +143,29 @@ class GatingHome:
         return rows
 
     async def _open(self, sequence: bytes, epoch: int, tokens: int) -> None:
+        self._owed.discard(sequence)
+        if self._owed:
+            await self._release([])
         request = OpenRequest(sequence=sequence, epoch=epoch, tokens=tokens)
         try:
             await self._mesh.gating.call("Open", request, Deadline.after(CALL_TIMEOUT_S), _taken, at=self._replica)
         except LOSSES as error:
+            self._owed.add(sequence)
             raise HomeLost(str(error)) from None
         except DeadlineExceeded:
+            self._owed.add(sequence)
             late = f"it did not open a sequence within {CALL_TIMEOUT_S:.0f} s"
             self._replica.lose(late)
             raise HomeLost(late) from None
 
     async def _release(self, sequences: Sequence[bytes]) -> None:
-        request = ReleaseRequest(sequences=sequences)
+        """What it cannot be told now, it is told before something is opened; and by itself it forgets in a while."""
+        self._owed.update(sequences)
+        told = list(self._owed)[-MOST_RELEASED:]
+        request = ReleaseRequest(sequences=told)
         with suppress(MeshError):
             await self._mesh.gating.call("Release", request, Deadline.after(CALL_TIMEOUT_S), _taken, at=self._replica)
+            self._owed.difference_update(told)
 
 
 def _taken(reply: Any, origin: Any) -> None:
