@@ -2,11 +2,13 @@
 
     MeshError
     ├── InvalidInput        INVALID_ARGUMENT     the caller's fault; `field` names what was wrong
+    │   └── NonFiniteInput                       numbers that are NaN or infinite
     ├── WrongPart           FAILED_PRECONDITION  a service was asked for a part it does not hold
     ├── Overloaded          RESOURCE_EXHAUSTED   try again after `retry_after_s`
     ├── Unavailable         UNAVAILABLE          no replica of a stage answers; `stage` names it
     ├── DeadlineExceeded    DEADLINE_EXCEEDED    the caller's time is over
     ├── CorruptReply        DATA_LOSS            a replica answered with something that cannot be right
+    │   └── NotFinite                            it computed NaN or infinity, which may be the model's own doing
     └── SetupError          (never on the wire)  a program cannot start: settings, files, ports
         └── BadCheckpoint                        a model folder is missing, damaged or not understood
 
@@ -31,6 +33,10 @@ class InvalidInput(MeshError):
     def __init__(self, message: str, field: str = "") -> None:
         super().__init__(message)
         self.field = field
+
+
+class NonFiniteInput(InvalidInput):
+    """Numbers that are to be computed with are NaN or infinite."""
 
 
 class WrongPart(MeshError):
@@ -73,6 +79,10 @@ class DeadlineExceeded(MeshError):
 
 class CorruptReply(MeshError):
     """A replica's reply has the wrong shape, part, digest, or rows that are not finite."""
+
+
+class NotFinite(CorruptReply):
+    """NaN or infinity was computed: a fault of the replica, or what the model makes of this very sequence."""
 
 
 class SetupError(MeshError):

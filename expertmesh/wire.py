@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expertmesh.errors import InvalidInput
+from expertmesh.errors import InvalidInput, NonFiniteInput
 from expertmesh.v1.tensor_pb2 import (
     DATA_TYPE_BFLOAT16,
     DATA_TYPE_FLOAT16,
@@ -84,11 +84,12 @@ def decode_finite(tensor: Tensor, shape: tuple[int | None, ...], name: str) -> A
     """Reads a float32 array that may not hold NaN or infinity.
 
     Raises:
-        InvalidInput: As `decode`, or a value is not finite.
+        InvalidInput: As `decode`.
+        NonFiniteInput: A value is not finite.
     """
     array = decode(tensor, FLOAT32, shape, name)
     if not np.isfinite(array).all():
-        raise InvalidInput(f"{name} holds values that are not finite", name)
+        raise NonFiniteInput(f"{name} holds values that are not finite", name)
     return array
 
 
@@ -96,14 +97,15 @@ def decode_rows(tensor: Tensor, shape: tuple[int | None, ...], name: str) -> Any
     """Reads an array of one of `ROW_DTYPES`, as it is, that may not hold NaN or infinity.
 
     Raises:
-        InvalidInput: As `decode`, or a value is not finite.
+        InvalidInput: As `decode`.
+        NonFiniteInput: A value is not finite.
     """
     dtype = _CODE2DTYPE.get(tensor.dtype)
     if dtype is None or dtype not in ROW_DTYPES.values():
         raise InvalidInput(f"{name} must have dtype {', '.join(ROW_DTYPES)}", name)
     array = decode(tensor, dtype, shape, name)
     if not _is_finite(array):
-        raise InvalidInput(f"{name} holds values that are not finite", name)
+        raise NonFiniteInput(f"{name} holds values that are not finite", name)
     return array
 
 

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from expertmesh import wire
-from expertmesh.errors import CorruptReply, DeadlineExceeded, InvalidInput, Unavailable, WrongPart
+from expertmesh.errors import CorruptReply, DeadlineExceeded, InvalidInput, NotFinite, Unavailable, WrongPart
 from expertmesh.rpc import replica as module
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
@@ -176,11 +176,22 @@ async def test_a_corrupt_reply_is_told_with_its_reason() -> None:
 
 
 async def test_corrupt_replies_of_everybody_are_no_answer() -> None:
-    doubles = [Corrupt(), Corrupt()]
+    doubles = [Garbling(), Garbling()]
     async with served(*doubles) as addresses, replica_set(*addresses) as (replicas, _):
         with pytest.raises(CorruptReply, match="embedding gave a reply that cannot be right"):
             await ask(replicas)
         assert [double.calls for double in doubles] == [1, 1]
+        assert replicas.live == []
+
+
+async def test_what_is_not_finite_wherever_it_is_computed_is_nobodys_fault() -> None:
+    doubles = [Corrupt(), Corrupt()]
+    async with served(*doubles) as addresses, replica_set(*addresses) as (replicas, events):
+        with pytest.raises(NotFinite, match="not finite"):
+            await ask(replicas)
+        assert [double.calls for double in doubles] == [1, 1]
+        assert len(replicas.live) == 2
+        assert events.count("corrupt") == 0
 
 
 async def test_a_stranger_whose_description_is_garbage_gets_no_calls() -> None:

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertmesh.errors import CorruptReply, DeadlineExceeded, InvalidInput, MeshError, Overloaded, Unavailable
+from expertmesh.errors import (
+    CorruptReply,
+    DeadlineExceeded,
+    InvalidInput,
+    MeshError,
+    NotFinite,
+    Overloaded,
+    Unavailable,
+)
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.serving import scheduler as module
 from expertmesh.serving.generation import NO_LOGPROBS, Generation, Token, Wish
@@ -22,6 +30,7 @@ from expertmesh.v1.sampling_pb2 import Sampling, TokenLogprobs
 
 MESH = Provenance(ROUTE_MESH, True, "cpu")
 VOCAB = 1009
+POISON = VOCAB + 1  # an id of which something comes that is not finite
 LIMITS = StepLimits()
 
 
@@ -85,6 +94,8 @@ class Keeper:
         await self.turns.acquire()
         if self.fails:
             raise self.fails.pop(0)
+        if any(POISON in piece.ids for piece in work):
+            raise NotFinite("rows holds values that are not finite")
         if not self.is_live:
             raise HomeLost("gone")
         drawn = []
@@ -487,3 +498,51 @@ def test_whatever_is_lost_whenever_the_tokens_are_the_same(
 
     asyncio.run(run())
     gc.collect()
+
+
+async def test_a_sequence_of_which_nothing_finite_comes_fails_alone() -> None:
+    home = Keeper()
+    async with scheduling(home) as scheduler:
+        asked = [wish(3, 20), wish([1, POISON, 2]), wish(5, 20)]
+        first, culprit, second = await asyncio.gather(*(drawn(scheduler, one) for one in asked), return_exceptions=True)
+        assert isinstance(culprit, NotFinite)
+        assert [first, second] == [followers(asked[0]), followers(asked[2])]
+    assert any(len(work) == 3 for work in home.steps)  # they did share a step
+    assert home.cached == {}
+
+
+async def test_whoever_waits_for_room_hears_that_the_home_is_gone() -> None:
+    home = Keeper(room=0)
+    async with scheduling(home) as scheduler:
+        waiting = asyncio.create_task(drawn(scheduler, wish(3, wait_s=60)))
+        while not home.opened:
+            await asyncio.sleep(0)
+        home.is_live = False
+        with pytest.raises(Unavailable, match="no home is live"):
+            async with asyncio.timeout(5):
+                await waiting
+
+
+async def test_a_token_is_exact_only_if_all_that_it_depends_on_was_computed_alike() -> None:
+    class Mixed(Keeper):
+        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+            drawn, _ = await super().step(work)
+            profile = "cpu-fp32 A" if len(self.steps) != 2 else "cpu-fp32 B"
+            return drawn, Provenance(ROUTE_MESH, True, profile)
+
+    async with scheduling(Mixed()) as scheduler, aclosing(scheduler.generate(wish(3, 4))) as tokens:
+        provenances = [token.provenance async for token in tokens]
+    assert [one.exact for one in provenances] == [True, False, False, False]
+    assert provenances[0].profile == "cpu-fp32 A"
+    assert {one.profile for one in provenances[1:]} == {"cpu-fp32 A + cpu-fp32 B"}
+
+
+async def test_chunks_of_a_prompt_count_as_well() -> None:
+    class Mixed(Keeper):
+        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+            drawn, _ = await super().step(work)
+            return drawn, Provenance(ROUTE_MESH, True, f"cpu-fp32 {min(len(self.steps), 2)}")
+
+    limits = StepLimits(rows=4)
+    async with scheduling(Mixed(), limits=limits) as scheduler, aclosing(scheduler.generate(wish(6, 2))) as tokens:
+        assert [token.provenance.exact async for token in tokens] == [False, False]

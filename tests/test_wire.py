@@ -40,7 +40,7 @@ def test_bytes_are_little_endian_and_row_major_whatever_the_array_was() -> None:
     assert list(wire.encode(ROWS[::2]).shape) == [2, 4]
 
 
-@pytest.mark.parametrize("dtype", ["f8", "f2", "i2", "u4", "?", "c8", "O"])
+@pytest.mark.parametrize("dtype", ["f8", "i2", "u4", "?", "c8", "O"])
 def test_other_dtypes_are_not_written(dtype: str) -> None:
     with pytest.raises(KeyError):
         wire.encode(np.zeros(2, dtype))

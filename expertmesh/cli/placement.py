@@ -18,7 +18,12 @@ RunDir = Annotated[
     Path, typer.Option("--run-dir", help="Folder for sockets, logs and state.", default_factory=default_folder)
 ]
 ExpertServices = Annotated[
-    int, typer.Option("--expert-services", help="Spread the experts over so many services; 0: each its own, but no more than sensible here.", min=0)
+    int,
+    typer.Option(
+        "--expert-services",
+        help="Spread the experts over so many services; 0: each its own, but no more than sensible here.",
+        min=0,
+    ),
 ]
 Replicas = Annotated[
     list[str] | None, typer.Option("--replicas", help="SERVICE=N or KIND=N, as in expert-3=2 or expert=2; repeatable.")

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from expertmesh.errors import CorruptReply
+from expertmesh.errors import NotFinite
 from expertmesh.model.arrays import to_numpy
 
 _Array = npt.NDArray[Any]
@@ -92,7 +92,7 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[Token]:
         draws: One for each row.
 
     Raises:
-        CorruptReply: Logits are not finite, from which no token may be taken.
+        NotFinite: Logits are not finite, from which no token may be taken.
     """
     rows_BV = np.ascontiguousarray(to_numpy(logits_BV.float()))
     return [_token(row_V, draw, row) for row, (row_V, draw) in enumerate(zip(rows_BV, draws, strict=True))]
@@ -100,7 +100,7 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[Token]:
 
 def _token(row_V: _Array, draw: Draw, row: int) -> Token:
     if not np.isfinite(row_V).all():
-        raise CorruptReply(f"the head computed logits that are not finite, in row {row}")
+        raise NotFinite(f"the head computed logits that are not finite, in row {row}")
     chosen = _choose(penalised(row_V, draw), draw)
     if draw.logprobs == NO_LOGPROBS:
         return Token(chosen, 0.0, [])

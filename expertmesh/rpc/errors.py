@@ -16,11 +16,13 @@ MAX_TEXT_CHARACTERS = 300  # three times in the trailer, of which gRPC passes on
 
 _CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NonFiniteInput: grpc.StatusCode.INVALID_ARGUMENT,
     errors.WrongPart: grpc.StatusCode.FAILED_PRECONDITION,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.CorruptReply: grpc.StatusCode.DATA_LOSS,
+    errors.NotFinite: grpc.StatusCode.DATA_LOSS,
 }
 
 
@@ -104,7 +106,10 @@ def from_call(error: grpc.aio.AioRpcError, stage: str) -> errors.MeshError:
     info = error_info(error)
     match error.code():
         case grpc.StatusCode.INVALID_ARGUMENT:
-            return errors.InvalidInput(text, info.get("field", ""))
+            kind = errors.NonFiniteInput if info.get("reason") == "NON_FINITE_INPUT" else errors.InvalidInput
+            return kind(text, info.get("field", ""))
+        case grpc.StatusCode.DATA_LOSS if info.get("reason") == "NOT_FINITE":
+            return errors.NotFinite(text)
         case grpc.StatusCode.FAILED_PRECONDITION:
             return errors.WrongPart(text)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:

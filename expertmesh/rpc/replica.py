@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from expertmesh.errors import CorruptReply, DeadlineExceeded, MeshError, Unavailable, WrongPart
+from expertmesh.errors import (
+    CorruptReply,
+    DeadlineExceeded,
+    MeshError,
+    NonFiniteInput,
+    NotFinite,
+    Unavailable,
+    WrongPart,
+)
 from expertmesh.rpc import request_id
 from expertmesh.rpc.errors import from_call
 from expertmesh.rpc.origin import Origin
@@ -125,6 +133,8 @@ class Replica:
             raise CorruptReply("it comes from a process of another model")
         try:
             return read(reply, origin)
+        except NonFiniteInput as error:
+            raise NotFinite(str(error)) from None
         except MeshError as error:
             raise CorruptReply(str(error)) from None
 

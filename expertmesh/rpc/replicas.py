@@ -17,7 +17,15 @@ from typing import Any, Self, TypeVar
 import grpc.aio
 from tenacity import AsyncRetrying, RetryCallState, wait_none
 
-from expertmesh.errors import CorruptReply, InvalidInput, Overloaded, Unavailable, WrongPart
+from expertmesh.errors import (
+    CorruptReply,
+    InvalidInput,
+    NonFiniteInput,
+    NotFinite,
+    Overloaded,
+    Unavailable,
+    WrongPart,
+)
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replica import Replica, ReplicaEvent, State
@@ -105,17 +113,19 @@ class ReplicaSet:
 
         Raises:
             Unavailable: No replica answered.
+            NotFinite: NaN or infinity comes of it wherever it is computed; nobody is refused for that.
             CorruptReply: The last replica that was left answered wrongly.
             MeshError: The service refused the call.
         """
         tried: Counter[str] = Counter()
+        suspects: list[Replica] = []
 
         def is_worth_another(state: RetryCallState) -> bool:
             error = state.outcome.exception() if state.outcome else None
             return isinstance(error, Unavailable | CorruptReply) and self._pick(tried, at) is not None
 
         retrying = AsyncRetrying(retry=is_worth_another, wait=wait_none(), reraise=True, stop=lambda _: False)
-        return await retrying(self._attempt, method, request, deadline, read, tried, at)
+        return await retrying(self._attempt, method, request, deadline, read, tried, suspects, at)
 
     async def stream(
         self, method: str, request: Any, deadline: Deadline, read: Callable[[Any], Iterable[ReplyT]]
@@ -141,6 +151,8 @@ class ReplicaSet:
             async with aclosing(replica.stream(method, request, deadline.next_hop_s(), read)) as replies:
                 async for reply in replies:
                     yield reply
+        except NotFinite:
+            raise
         except Unavailable as error:
             replica.lose(str(error))
             raise
@@ -154,6 +166,7 @@ class ReplicaSet:
         deadline: Deadline,
         read: Callable[[Any, Origin], ReplyT],
         tried: Counter[str],
+        suspects: list[Replica],
         at: Replica | None,
     ) -> ReplyT:
         replica = self._pick(tried, at)
@@ -164,7 +177,10 @@ class ReplicaSet:
         tried[replica.address] += 1
         replica.last_turn = next(self._turns)
         try:
-            return await replica.attempt(method, request, deadline.next_hop_s(), read)
+            answer = await replica.attempt(method, request, deadline.next_hop_s(), read)
+        except (NotFinite, NonFiniteInput) as error:
+            suspects.append(replica)
+            raise NotFinite(f"{self.name}: {error}") from None
         except Unavailable as error:
             if tried[replica.address] >= replica.attempts:
                 replica.lose(str(error))
@@ -175,6 +191,9 @@ class ReplicaSet:
             if self._refusals_are_faults and at is None:
                 raise self._wrong(replica, error) from None
             raise
+        for suspect in suspects:
+            suspect.refuse("it computed rows that are not finite where another replica's are")
+        return answer
 
     def _wrong(self, replica: Replica, error: Exception) -> CorruptReply:
         replica.refuse(str(error))

@@ -66,12 +66,10 @@ class CacheSettings(ModelSettings):
     """What every program with a KV cache can be told."""
 
     kv_tokens: int = setting("tokens that the KV cache holds; 0: as many as are sensible for the memory there is", 0)
-    lease_s: float = setting("seconds after which a sequence that nobody speaks of is forgotten", 30.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.kv_tokens >= 0, "kv_tokens must not be negative")
-        check(0 < self.lease_s <= 3600, "lease_s must be in (0, 3600]")
 
 
 def check(holds: bool, message: str) -> None:

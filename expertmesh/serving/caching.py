@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import torch
 
@@ -51,10 +52,15 @@ def make_leases(stage: Stage, kv_tokens: int, lease_s: float) -> Leases:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
+    """Memory that is free on a device; in a container no more than it may have."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # there is no such group, or no limit
+        return free
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from expertmesh.errors import DeadlineExceeded, InvalidInput
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.serving.passes import Provenance
+from expertmesh.serving.passes import PROFILE_SEPARATOR, Provenance, are_exact
 from expertmesh.telemetry import metrics
 from expertmesh.v1.classifier_pb2 import Draw
 from expertmesh.v1.inference_pb2 import (
@@ -18,6 +18,7 @@ from expertmesh.v1.inference_pb2 import (
     FINISH_REASON_STOP,
     FINISH_REASON_UNSPECIFIED,
     FinishReason,
+    Route,
 )
 from expertmesh.v1.sampling_pb2 import Sampling, TokenLogprobs
 
@@ -63,6 +64,24 @@ class Token:
     provenance: Provenance
 
 
+class Witnesses:
+    """How everything was computed that a token depends on: its own step, and those that filled the cache."""
+
+    def __init__(self) -> None:
+        self._profiles: set[str] = set()
+        self._all_exact = True
+
+    def add(self, provenance: Provenance) -> None:
+        """Takes down one more step."""
+        self._profiles.update(provenance.profile.split(PROFILE_SEPARATOR))
+        self._all_exact &= provenance.exact
+
+    def provenance(self, route: Route) -> Provenance:
+        """What may be said of a token that came this way."""
+        profile = PROFILE_SEPARATOR.join(sorted(self._profiles))
+        return Provenance(route, self._all_exact and are_exact(self._profiles), profile)
+
+
 @dataclass(eq=False)
 class Generation:
     """The state of one sequence.
@@ -76,6 +95,7 @@ class Generation:
         left: Whether nobody waits for it any more.
         rebuilds: How often it had to be computed anew.
         heard_s: When its home last heard of it, on the clock of `time.monotonic`.
+        witnesses: How everything was computed that its next token depends on.
     """
 
     wish: Wish
@@ -86,11 +106,15 @@ class Generation:
     left: bool = False
     rebuilds: int = 0
     heard_s: float = 0.0
+    witnesses: Witnesses = field(default_factory=lambda: Witnesses())
+    _seen: set[int] = field(default_factory=set)
     _events: asyncio.Queue[Token | BaseException] = field(default_factory=asyncio.Queue)
     _last_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.ids = list(self.wish.prompt)
+        if self.wish.sampling.repetition_penalty != 1.0:
+            self._seen = set(self.ids)
 
     @staticmethod
     def new_id() -> bytes:
@@ -109,12 +133,11 @@ class Generation:
 
     def draw(self) -> Draw:
         """How its next token is drawn."""
-        penalised = self.wish.sampling.repetition_penalty != 1.0
         return Draw(
             sampling=self.wish.sampling,
             choice=self.wish.choice,
             position=len(self.ids),
-            seen=sorted(set(self.ids)) if penalised else [],
+            seen=list(self._seen),
             logprobs=self.wish.logprobs,
         )
 
@@ -128,12 +151,16 @@ class Generation:
         self.cached = 0
         self.epoch += 1
         self.rebuilds += 1
+        if not self.generated:  # tokens that were drawn depend on who computed them, whatever is computed anew
+            self.witnesses = Witnesses()
         metrics.REBUILDS.inc()
 
-    def add(self, drawn: TokenLogprobs, provenance: Provenance) -> bool:
+    def add(self, drawn: TokenLogprobs, route: Route) -> bool:
         """Takes the next token and passes it on; gives whether it was the last one."""
         first = not self.generated
         self.ids.append(drawn.id)
+        if self._seen:
+            self._seen.add(drawn.id)
         now_s = time.monotonic()
         (metrics.FIRST_TOKEN_SECONDS if first else metrics.NEXT_TOKEN_SECONDS).observe(now_s - self._last_s)
         self._last_s = now_s
@@ -142,7 +169,7 @@ class Generation:
             finish = FINISH_REASON_STOP
         elif self.generated >= self.wish.max_tokens:
             finish = FINISH_REASON_LENGTH
-        self._events.put_nowait(Token(drawn, finish, provenance))
+        self._events.put_nowait(Token(drawn, finish, self.witnesses.provenance(route)))
         return finish != FINISH_REASON_UNSPECIFIED
 
     def fail(self, error: BaseException) -> None:

@@ -18,6 +18,7 @@ from expertmesh.tokenization.tokenizer import Encoded
 from expertmesh.v1.inference_pb2 import Classification, Route, StageTiming
 from expertmesh.wire import encode
 
+PROFILE_SEPARATOR = " + "
 EXACT_PROFILES = ("cpu-fp32 ", "cpu-bf16 ")
 
 

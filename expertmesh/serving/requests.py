@@ -103,7 +103,8 @@ def check_prompt(text: str) -> None:
     Raises:
         InvalidInput: Says what to do.
     """
-    _require(bool(text), "text", "is empty")
+    if not text:
+        raise InvalidInput("the prompt is empty", "text")
     _require(_bytes(text) <= MAX_PROMPT_BYTES, "text", f"has more than {MAX_PROMPT_BYTES} bytes of UTF-8; shorten it")
 
 
@@ -180,7 +181,8 @@ def check_texts(texts: Sequence[str], field: str = "texts") -> None:
 
 def _check_ids(ids: Sequence[int], spec: ModelSpec) -> None:
     longest = spec.context - 1
-    _require(len(ids) > 0, "ids", "is empty")
+    if not ids:
+        raise InvalidInput("the prompt is empty", "ids")
     _require(len(ids) <= longest, "ids", f"has {len(ids)} ids; at most {longest} leave room for a token: shorten it")
     _check_vocabulary(ids, spec, "ids")
 

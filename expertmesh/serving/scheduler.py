@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from expertmesh.errors import MeshError, Overloaded, Unavailable
+from expertmesh.errors import MeshError, NotFinite, Overloaded, Unavailable
 from expertmesh.serving.generation import Generation, Token, Wish
 from expertmesh.serving.passes import Provenance
 from expertmesh.serving.steps import Work, plan_step
@@ -25,7 +25,7 @@ from expertmesh.v1.sampling_pb2 import TokenLogprobs
 
 MAX_REBUILDS = 8
 RETRY_OPEN_S = 0.05
-KEEP_EVERY_S = 5.0  # a home forgets what it does not hear of
+KEEP_EVERY_S = 2.0  # a home forgets what it does not hear of
 
 
 class HomeLost(Exception):
@@ -56,6 +56,7 @@ class Home(Protocol):
 
         Raises:
             HomeLost: What was cached here is lost.
+            NotFinite: NaN or infinity comes of it.
             MeshError: The step failed for another reason, of which the caches know nothing.
         """
 
@@ -104,14 +105,14 @@ class Scheduler:
         self._waiting.append(generation)
         tokens = generation.tokens()
         try:
-            self._wake()
+            self.wake()
             async for token in tokens:
                 yield token
         finally:
             await tokens.aclose()
             if generation in self._waiting:
                 self._waiting.remove(generation)
-            self._wake()
+            self.wake()
 
     def close(self) -> None:
         """Ends every lane, when the program ends."""
@@ -132,9 +133,10 @@ class Scheduler:
     def give_back(self, generations: Sequence[Generation]) -> None:
         """Puts generations back to the front of those that wait."""
         self._waiting.extendleft(reversed(generations))
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Looks again who waits and which homes are live; for whoever knows that something has changed."""
         live = [home for home in self._homes() if home.is_live]
         for home in live:
             if id(home) not in self._lanes:
@@ -233,7 +235,7 @@ class _Lane:
     def _look_again(self) -> None:
         self.is_full = False
         self._retry = None
-        self.wake()
+        self._scheduler.wake()
 
     async def _release_left(self) -> None:
         await self._release([generation for generation in self._running if generation.left])
@@ -250,9 +252,15 @@ class _Lane:
     async def _step(self) -> None:
         work = plan_step(self._running, self._limits.rows)
         metrics.STEP_ROWS.observe(sum(piece.rows for piece in work))
+        await self._keep({piece.generation for piece in work})
+        await self._compute([piece for piece in work if piece.generation in self._running])
+
+    async def _compute(self, work: Sequence[Work]) -> None:
         try:
-            await self._keep({piece.generation for piece in work})
             drawn, provenance = await self.home.step(work)
+        except NotFinite as error:
+            await self._one_by_one(work, error)
+            return
         except HomeLost:
             lost, self._running = self._running, []
             await self.home.release(lost)
@@ -265,9 +273,20 @@ class _Lane:
         ended = []
         for piece in work:
             piece.generation.cached += piece.rows
-            if piece.draws and piece.generation.add(next(tokens), provenance):
+            piece.generation.witnesses.add(provenance)
+            if piece.draws and piece.generation.add(next(tokens), provenance.route):
                 ended.append(piece.generation)
         await self._release(ended)
+
+    async def _one_by_one(self, work: Sequence[Work], error: NotFinite) -> None:
+        """Finds whose numbers are not finite, so that nobody else has to suffer for it; a step may be repeated."""
+        if len(work) == 1:
+            work[0].generation.fail(error)
+            await self._release([work[0].generation])
+            return
+        for piece in work:
+            if piece.generation in self._running:
+                await self._compute([piece])
 
     async def _keep(self, heard: set[Generation]) -> None:
         """Speaks of sequences that have no part in the next step, lest they are forgotten."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def _classifier(stage: Stage, settings: FullModelSettings) -> tuple[list[Service
 
 
 def _language(stage: Stage, settings: FullModelSettings) -> tuple[list[Servicer], AbstractAsyncContextManager[None]]:
-    leases = make_leases(stage, settings.kv_tokens, settings.lease_s)
+    leases = make_leases(stage, settings.kv_tokens, math.inf)
     limits = StepLimits(settings.step_rows, settings.step_sequences, settings.waiting_texts)
     tokens = LocalTokens(stage.spec.embedding.vocab, LocalHome(stage, leases), limits)
     tokenizer = TokenizerServicer(load_tokenizer(stage.loader.folder, stage.loader.manifest), stage.spec)

@@ -77,9 +77,6 @@ def load(settings: GatewaySettings, tracing: Tracing) -> Program:
         offer.inference.token_texts,
     )
 
-    def drain() -> None:
-        mesh.draining = True
-
     @asynccontextmanager
     async def lifespan() -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
@@ -91,7 +88,7 @@ def load(settings: GatewaySettings, tracing: Tracing) -> Program:
             yield
 
     description = DescribeResponse(kind="gateway", model_digest=manifest.digest, version=__version__)
-    return Program(offer.servicers, description, lifespan(), lambda: mesh.is_ready, drain)
+    return Program(offer.servicers, description, lifespan(), lambda: mesh.is_ready, mesh.drain)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from expertmesh import wire
-from expertmesh.errors import CorruptReply, Unavailable
+from expertmesh.errors import CorruptReply, NotFinite, Unavailable
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
-from expertmesh.serving.generation import NO_LOGPROBS, Token, Wish
+from expertmesh.serving.generation import NO_LOGPROBS, Token, Wish, Witnesses
 from expertmesh.serving.inspection import Trace
 from expertmesh.serving.passes import Provenance, are_exact
 from expertmesh.serving.scheduler import Scheduler, StepLimits
@@ -61,6 +61,7 @@ class RoutedTokens:
         self._homes = [GatingHome(mesh, replica) for replica in mesh.gating.replicas]
         limits = replace(limits, rows=min(limits.rows, mesh.step_rows))
         self._scheduler = Scheduler(lambda: self._homes, limits, mesh.gating.unavailable)
+        mesh.on_change = self._scheduler.wake
 
     async def tokens(self, wish: Wish, contract: Contract, route: Route) -> AsyncGenerator[Token, None]:
         """The tokens of one sequence as they come.
@@ -72,12 +73,14 @@ class RoutedTokens:
             MeshError: It failed for another reason.
         """
         known: list[int] = []
+        witnesses = Witnesses()
         if route != ROUTE_FULL_MODEL:
             try:
                 self._mesh.require_complete()
                 async with aclosing(self._scheduler.generate(wish)) as tokens:
                     async for token in tokens:
                         known.append(token.drawn.id)
+                        witnesses.add(token.provenance)
                         yield token
                 return
             except (Unavailable, CorruptReply) as error:
@@ -85,7 +88,7 @@ class RoutedTokens:
                     raise
                 metrics.FALLBACKS.labels(error.stage if isinstance(error, Unavailable) else "corrupt").inc()
                 event("fallback", level=logging.WARNING, reason=str(error), tokens=len(known))
-        async with aclosing(self._by_full_model(wish, known)) as more:
+        async with aclosing(self._by_full_model(wish, known, witnesses)) as more:
             async for token in more:
                 yield token
 
@@ -106,7 +109,7 @@ class RoutedTokens:
         """Ends the steps, when the program ends."""
         self._scheduler.close()
 
-    async def _by_full_model(self, wish: Wish, known: list[int]) -> AsyncGenerator[Token, None]:
+    async def _by_full_model(self, wish: Wish, known: list[int], witnesses: Witnesses) -> AsyncGenerator[Token, None]:
         full_model = self._mesh.require_full_model()
         tries = sum(replica.attempts for replica in full_model.replicas)
 
@@ -121,10 +124,13 @@ class RoutedTokens:
                 async with aclosing(replies) as messages:
                     async for token in messages:
                         known.append(token.drawn.id)
-                        yield token
+                        witnesses.add(token.provenance)
+                        yield replace(token, provenance=witnesses.provenance(ROUTE_FULL_MODEL))
                         if token.finish != FINISH_REASON_UNSPECIFIED:
                             return
                 raise CorruptReply("full_model ended a stream before its last token")
+            except NotFinite:
+                raise
             except (Unavailable, CorruptReply):
                 if not tries or not full_model.live:
                     raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
@@ -101,6 +101,7 @@ class Mesh:
             self._add_experts(service)
         self._check_experts()
         self.draining = False
+        self.on_change: Callable[[], None] = lambda: None  # whoever waits for replicas looks again
         self._settled = False
         self._settle_s = settle_s
         self._settle_at_s = 0.0
@@ -225,6 +226,11 @@ class Mesh:
             refusals_are_faults=service.kind not in ANSWER_CALLERS,
         )
 
+    def drain(self) -> None:
+        """Takes nothing on any more."""
+        self.draining = True
+        self.on_change()
+
     def _follow_event(self, happened: ReplicaEvent) -> None:
         metrics.REPLICA_EVENTS.labels(happened.service, happened.what).inc()
         for replicas in self.all():
@@ -237,6 +243,7 @@ class Mesh:
             address=happened.address,
             reason=happened.reason,
         )
+        self.on_change()
 
 
 def expert_unavailable(error: Unavailable, layer: int, expert: int) -> Unavailable:

@@ -14,7 +14,7 @@ from expertmesh.errors import CorruptReply, MeshError
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
 from expertmesh.serving.inspection import Observer
-from expertmesh.serving.passes import Answer, ExpertTokens, Provenance, kept, to_answers
+from expertmesh.serving.passes import PROFILE_SEPARATOR, Answer, ExpertTokens, Provenance, kept, to_answers
 from expertmesh.tokenization.tokenizer import Encoded
 from expertmesh.v1.inference_pb2 import ROUTE_MESH
 from expertmesh.v1.tokenizer_pb2 import EncodeRequest, EncodeResponse
@@ -52,7 +52,7 @@ class MeshPass:
         lengths_B = kept(encoded)
         expert_tokens = ExpertTokens(self._spec, lengths_B)
         scores = await self._scores(encoded.ids_T, lengths_B, expert_tokens) if len(lengths_B) else None
-        profile = " + ".join(sorted(self._calls.profiles))
+        profile = PROFILE_SEPARATOR.join(sorted(self._calls.profiles))
         provenance = Provenance(ROUTE_MESH, self._calls.is_exact, profile)
         return to_answers(self._spec, encoded, scores, expert_tokens, provenance, self._calls.stopwatch)
 

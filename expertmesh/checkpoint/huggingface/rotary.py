@@ -1,7 +1,7 @@
 """Rotary frequencies as transformers computes them from `rope_parameters`, or `rope_scaling` and `rope_theta`.
 
 The variants: `default` (Su et al., 2021), `linear` (Chen et al., 2023), `llama3` (Meta, 2024), `yarn` (Peng et al.,
-2023) and `longrope` (Ding et al., 2024). `dynamic` changes with the length of a sequence, which a cache of rotated keys
+2023) and `longrope` (Ding et al., 2024), once named `su`. `dynamic` changes with the length of a sequence, which a cache of rotated keys
 cannot follow, and is refused. All of it is computed in fp32, so that the bits are those of transformers.
 """
 
@@ -20,6 +20,7 @@ from expertmesh.model.spec import RotarySpec
 
 MAX_HEAD_WIDTH = 2**16
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_OLD_NAMES = {"su": "longrope"}
 _KEYS = {
     "default": set[str](),
     "linear": {"factor"},
@@ -71,6 +72,8 @@ class Rope:
         if original is not None or values.get("original_max_position_embeddings") is None:
             values["original_max_position_embeddings"] = max_context if original is None else original
         kind = values["rope_type"]
+        if isinstance(kind, str):
+            kind = values["rope_type"] = _OLD_NAMES.get(kind, kind)
         if not isinstance(kind, str) or kind not in _KEYS:
             raise config.error(f"rope_type {shown(kind)} is not implemented; implemented: {', '.join(_KEYS)}")
         allowed = _COMMON | _KEYS[kind] | {"original_max_position_embeddings"}

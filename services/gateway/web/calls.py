@@ -2,7 +2,8 @@
 
 The fields are those of OpenAI's API, with extensions of the usual names (`top_k`, `min_p`, `repetition_penalty`,
 `stop_token_ids`, `ignore_eos`) and the two of this system, `contract` and `route`. Fields that would change the answer
-but are not offered must be absent or neutral; nothing is dropped without a word.
+but are not offered must be absent or neutral, and `null` is as good as absent. What is dropped without a word is who
+asks and how the work is kept or hurried, none of which the tokens of an answer depend on (`IGNORED`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ from expertmesh.serving.requests import (
 from expertmesh.v1 import inference_pb2
 from expertmesh.v1.inference_pb2 import GenerateRequest
 
-from .fields import UINT64_MAX, Fields
+from .fields import Fields
 from .infer import CONTRACTS
 from .prompts import read_chat, read_prompts
 
 ROUTES = {"mesh": inference_pb2.ROUTE_MESH, "full-model": inference_pb2.ROUTE_FULL_MODEL}
-# Fields that say who asks, not what.
-IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier")
+# Fields that say who asks and what is kept, and two hints at how much to say, which no chat template is given here.
+IGNORED = (
+    *("user", "metadata", "safety_identifier", "service_tier"),
+    *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+    *("reasoning_effort", "verbosity"),
+)
+NO_TOOLS = "no tools are called here: leave it out, and describe them in a message if the model is to know them"
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,9 @@ def read_completion(fields: Fields, context: int) -> Call:
     max_tokens = fields.integer("max_tokens", 1)
     base.max_tokens = 16 if max_tokens is None else max_tokens
     logprobs = fields.integer("logprobs", 0, 5)
-    fields.neutral("best_of", base.n)
-    fields.neutral("echo", False)
-    fields.neutral("suffix", "")
+    fields.neutral("best_of", base.n, otherwise="make it the same as n, or leave it out")
+    fields.neutral("echo", False, otherwise="leave it out, and put the prompt before the text yourself")
+    fields.neutral("suffix", "", otherwise="the model only continues: leave it out")
     return _finish(fields, base, prompts, logprobs)
 
 
@@ -93,14 +99,15 @@ def read_chat_completion(fields: Fields) -> Call:
     logprobs, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, MAX_LOGPROBS)
     if top is not None and not logprobs:
         raise fields.error("top_logprobs", "needs logprobs to be true")
-    fields.neutral("tools", [])
-    fields.neutral("tool_choice", "none", "auto")
-    fields.neutral("parallel_tool_calls", True, False)
-    fields.neutral("functions", [])
-    fields.neutral("function_call", "none", "auto")
-    fields.neutral("response_format", {"type": "text"})
-    fields.neutral("modalities", ["text"])
-    fields.neutral("store", False)
+    fields.neutral("tools", [], otherwise=NO_TOOLS)
+    fields.neutral("tool_choice", "none", "auto", otherwise=NO_TOOLS)
+    fields.flag("parallel_tool_calls")
+    fields.neutral("functions", [], otherwise=NO_TOOLS)
+    fields.neutral("function_call", "none", "auto", otherwise=NO_TOOLS)
+    text_only = "the model writes text and nothing holds it to a form: leave it out, and ask for the form in a message"
+    fields.neutral("response_format", {"type": "text"}, otherwise=text_only)
+    fields.neutral("modalities", ["text"], otherwise='the model writes text: make it ["text"], or leave it out')
+    fields.flag("store")  # nothing is stored either way
     return _finish(fields, base, [prompt], (top or 0) if logprobs else None)
 
 
@@ -112,7 +119,7 @@ def _read_sampling(fields: Fields) -> GenerateRequest:
         top_p=fields.number("top_p", 0, 1, above=True),
         min_p=fields.number("min_p", 0, 1),
         repetition_penalty=fields.number("repetition_penalty", 0, MAX_PENALTY, above=True),
-        seed=fields.integer("seed", 0, UINT64_MAX),
+        seed=fields.seed("seed"),
         stop=fields.strings("stop", MAX_STOPS),
         stop_ids=fields.integers("stop_token_ids", MAX_STOP_IDS),
         ignore_end=fields.flag("ignore_eos"),
@@ -120,9 +127,10 @@ def _read_sampling(fields: Fields) -> GenerateRequest:
         contract=fields.choice("contract", CONTRACTS, inference_pb2.CONTRACT_EXACT),
         route=fields.choice("route", ROUTES, inference_pb2.ROUTE_MESH),
     )
-    fields.neutral("presence_penalty", 0)
-    fields.neutral("frequency_penalty", 0)
-    fields.neutral("logit_bias", {})
+    fields.neutral("presence_penalty", 0, otherwise="leave it out, or give repetition_penalty instead")
+    fields.neutral("frequency_penalty", 0, otherwise="leave it out, or give repetition_penalty instead")
+    fields.neutral("logit_bias", {}, otherwise="leave it out: every token keeps the logit that the model gives it")
+    fields.neutral("min_tokens", 0, otherwise="leave it out, or set ignore_eos to go on until max_tokens")
     return request
 
 

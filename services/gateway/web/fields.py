@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from expertmesh.errors import InvalidInput
 
 INT32_MAX = 2**31 - 1
+INT64_MIN = -(2**63)
 UINT64_MAX = 2**64 - 1
 ValueT = TypeVar("ValueT")
 
@@ -74,17 +75,22 @@ class Fields:
         return [] if value is None else self.checked_ids(value, name, most)
 
     def strings(self, name: str, most: int) -> list[str]:
-        """One string, or a list of at most so many."""
+        """One string, or a list of at most so many; an empty string by itself is none."""
         value = self.take(name)
         if value is None:
             return []
         if isinstance(value, str):
-            value = [value]
+            value = [value] if value else []
         if not isinstance(value, list):
             raise self.error(name, "must be a string or a list of strings")
         if len(value) > most:
             raise self.error(name, f"has {len(value)} entries; at most {most}")
         return [self.checked_string(entry, f"{name}[{index}]") for index, entry in enumerate(value)]
+
+    def seed(self, name: str) -> int | None:
+        """A uint64. OpenAI's seeds are int64: a negative one stands for its two's complement, so -1 is 2**64 - 1."""
+        value = self.integer(name, INT64_MIN, UINT64_MAX)
+        return None if value is None else value % 2**64
 
     def object(self, name: str) -> Fields | None:
         """An object within this one."""
@@ -95,12 +101,18 @@ class Fields:
             raise self.error(name, "must be an object")
         return Fields(value, f"{self._where}{name}.")
 
-    def neutral(self, name: str, *allowed: Any) -> None:
-        """Takes a field that may only have a value that changes nothing."""
+    def neutral(self, name: str, *allowed: Any, otherwise: str = "leave it out") -> None:
+        """Takes a field that may only have a value that changes nothing.
+
+        Args:
+            name: The field.
+            allowed: Such values.
+            otherwise: What to do, for whoever sent another.
+        """
         value = self.take(name)
         if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
             return
-        raise self.error(name, "is not supported; leave it out")
+        raise self.error(name, f"is not supported; {otherwise}")
 
     def ignore(self, names: Collection[str]) -> None:
         """Takes fields whose values do not matter."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from expertmesh.errors import InvalidInput
 from expertmesh.serving.requests import MAX_MESSAGES
 from expertmesh.v1.inference_pb2 import GenerateRequest
 from expertmesh.v1.tokenizer_pb2 import Chat, ChatMessage
@@ -27,7 +28,9 @@ def read_prompts(fields: Fields, context: int) -> list[GenerateRequest]:
     value = fields.take("prompt")
     if isinstance(value, str):
         return [GenerateRequest(text=fields.checked_string(value, "prompt"))]
-    if not isinstance(value, list) or not value:
+    if value == []:
+        raise InvalidInput("the prompt is empty", "prompt")
+    if not isinstance(value, list):
         raise fields.error("prompt", "must be a string, a list of strings, token ids, or a list of lists of token ids")
     if type(value[0]) is int:
         return [_of_ids(fields, value, "prompt", context)]
@@ -39,7 +42,8 @@ def read_prompts(fields: Fields, context: int) -> list[GenerateRequest]:
 def read_chat(fields: Fields) -> Chat:
     """The field `messages`: each with a role and a content, which is a text or a list of parts that are texts.
 
-    The texts of parts are put together as they are, with nothing in between.
+    The texts of parts are put together as they are, with nothing in between. An answer may come back as clients keep
+    it, with the fields that it has empty.
 
     Raises:
         InvalidInput: They are not like that, none, or too many.
@@ -73,6 +77,17 @@ def _read_message(fields: Fields, entry: Any, name: str) -> ChatMessage:
     role, content = message.string("role"), message.take("content")
     if not role:
         raise message.error("role", "must be a string such as user")
+    # OpenAI documents `name` as an optional name for the participant, and the contract's messages have a role and a
+    # content, so no template could show it: it must be a string, and goes no further.
+    message.string("name")
+    # What an answer of OpenAI has beside its text, as clients send it back.
+    message.neutral("tool_calls", [], otherwise="no tools are called here: leave it out")
+    message.neutral("function_call", otherwise="no functions are called here: leave it out")
+    message.neutral("audio", otherwise="the model reads nothing but text: leave it out")
+    message.neutral("refusal", "", otherwise="leave it out, and send its text as content")
+    message.neutral("annotations", [], otherwise="the model reads nothing but content: leave it out")
+    if content is None:
+        raise message.error("content", 'is missing; give a text, which may be ""')
     if isinstance(content, list):
         content = "".join(_read_part(message, part, f"content[{index}]") for index, part in enumerate(content))
     message.end()
