@@ -13,9 +13,10 @@ from expertmesh.errors import CorruptReply, MeshError, Unavailable
 from expertmesh.rpc import replica
 from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1.sampling_pb2 import TokenLogprob
+from expertmesh.v1.tensor_pb2 import DATA_TYPE_BFLOAT16, DATA_TYPE_FLOAT16, DATA_TYPE_FLOAT32
 from services.gateway import homes
 from tests.doubles.tampering import Tampering
-from tests.generating import Answer, answers_of, asked
+from tests.generating import Answer, answers_of, asked, by_route, model
 from tests.small_mesh import small_mesh
 
 REQUESTS = [
@@ -210,3 +211,79 @@ async def test_without_a_full_model_the_error_names_the_stage(capfd: pytest.Capt
     assert isinstance(caught.value, Unavailable)
     assert caught.value.stage == "expert"
     assert caught.value.layer == 0
+
+
+# Messages that are cut, and rows that travel narrower.
+
+LONG = [asked(300, 4), asked(211, 8, temperature=1.0, seed=9, repetition_penalty=1.2, logprobs=5)]
+
+
+@pytest.mark.parametrize("max_message_bytes", [2**17, 2**14, 2**12])
+async def test_messages_are_cut_below_the_limit_and_the_bits_are_the_same(max_message_bytes: int) -> None:
+    async with small_mesh(full_model=False) as whole:
+        expected = [answers_of(await whole.client.complete(request)) for request in LONG]
+    async with small_mesh(full_model=False, max_message_bytes=max_message_bytes) as mesh:
+        replies = await asyncio.gather(*map(mesh.client.complete, LONG))
+    assert [answers_of(reply) for reply in replies] == expected
+
+
+@pytest.mark.parametrize("wire_dtype", ["float16", "bfloat16"])
+async def test_narrower_rows_give_tokens_that_are_not_said_to_be_exact(wire_dtype: str) -> None:
+    dtypes = []
+
+    class Watched(Tampering):
+        async def Apply(self, request: Any, context: Any) -> Any:
+            reply = await self._honest.Apply(request, context)
+            dtypes.append((request.rows.dtype, reply.rows.dtype))
+            return reply
+
+    wraps = {"expert": lambda honest: Watched(honest, "", crash)}
+    async with small_mesh(wraps=wraps, full_model=False, wire_dtype=wire_dtype) as mesh:
+        reply = await mesh.client.complete(LONG[0])
+    assert len(reply.choices[0].tokens) == 4
+    assert not reply.choices[0].exact
+    code = {"float16": DATA_TYPE_FLOAT16, "bfloat16": DATA_TYPE_BFLOAT16}[wire_dtype]
+    assert set(dtypes) == {(code, code)}
+
+
+async def test_rows_that_a_narrower_dtype_cannot_hold_travel_as_they_are(expected: list[list[Answer]]) -> None:
+    seen = []
+
+    class Large(Tampering):
+        async def Apply(self, request: Any, context: Any) -> Any:
+            seen.append(request.rows.dtype)
+            return await self._honest.Apply(request, context)
+
+    async def enlarge(reply: Any, context: Any) -> Any:
+        rows = wire.decode_finite(reply.expert_input, tuple(reply.expert_input.shape), "rows").copy()
+        rows[0, 0] = 1e6  # float16 ends at 65504
+        reply.expert_input.CopyFrom(wire.encode(rows))
+        return reply
+
+    wraps = {
+        "expert": lambda honest: Large(honest, "", crash),
+        "gating": lambda honest: Tampering(honest, "Gate", enlarge),
+    }
+    async with small_mesh(wraps=wraps, full_model=False, wire_dtype="float16") as mesh:
+        reply = await mesh.client.complete(asked(20, 3))
+    assert len(reply.choices[0].tokens) == 3
+    assert not reply.choices[0].exact
+    assert set(seen) == {DATA_TYPE_FLOAT32}
+
+
+async def test_rows_that_travel_in_the_models_own_dtype_are_exact(expected: list[list[Answer]]) -> None:
+    async with small_mesh(wire_dtype="float32") as mesh:
+        reply = await mesh.client.complete(REQUESTS[1])
+    assert reply.choices[0].exact
+    assert answers_of(reply) == expected[1]
+
+
+@pytest.mark.parametrize("wire_dtype", ["", "bfloat16"])
+async def test_a_model_in_bfloat16_gives_the_same_by_both_routes(wire_dtype: str) -> None:
+    async with small_mesh(model(dtype="bfloat16"), wire_dtype=wire_dtype) as mesh:
+        for request in REQUESTS:
+            ours = await mesh.client.complete(request)
+            theirs = await mesh.client.complete(by_route(request, pb.ROUTE_FULL_MODEL))
+            assert answers_of(ours) == answers_of(theirs)
+            assert {choice.route for choice in ours.choices} == {pb.ROUTE_MESH}
+            assert all(choice.exact for choice in ours.choices)
