@@ -36,8 +36,8 @@ def changed(**fields: Any) -> pb.GenerateRequest:
 
 BAD: dict[str, tuple[pb.GenerateRequest, str]] = {
     "no prompt": (pb.GenerateRequest(max_tokens=1), "no prompt"),
-    "no ids": (asked([], 1), "ids is empty"),
-    "empty text": (pb.GenerateRequest(text=""), "text is empty"),
+    "no ids": (asked([], 1), "the prompt is empty"),
+    "empty text": (pb.GenerateRequest(text=""), "the prompt is empty"),
     "no messages": (pb.GenerateRequest(chat=Chat()), "chat.messages"),
     "prompt as long as the context": (asked(CONTEXT, 1), "at most 511"),
     "prompt beyond the context": (asked(100_000, 1), "at most 511"),

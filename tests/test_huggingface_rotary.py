@@ -81,11 +81,25 @@ def test_a_context_beyond_the_original_has_the_long_factors() -> None:
     assert ours(given, 1025) == theirs(given, 1025) != ours(given)
 
 
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize("context", [1024, 1025])
+def test_longrope_by_its_old_name(key: str, context: int) -> None:
+    given = {name: value for name, value in LONG.items() if name != "rope_type"} | {"rope_theta": 10_000.0}
+    assert ours(given | {key: "su"}, context) == theirs(given | {"rope_type": "longrope"}, context)
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_the_old_name_keeps_to_the_original_context(key: str) -> None:
+    scaling = {name: value for name, value in LONG.items() if name != "rope_type"} | {key: "su"}
+    config = Config({"max_position_embeddings": CONTEXT, "rope_scaling": scaling}, "config.json", None)
+    assert Rope.read(config, 10_000.0).context == 1024
+
+
 @pytest.mark.parametrize(
     ("parameters", "reason"),
     [
         ({"rope_type": "dynamic", "factor": 2.0}, "rope_type 'dynamic' is not implemented"),
-        ({"rope_type": "su"}, "rope_type 'su'"),
+        ({"rope_type": "su"}, "longrope needs 16 numbers in short_factor"),
         ({"rope_type": ["yarn"]}, "rope_type"),
         ({"rope_type": "default", "factor": 2.0}, "not understood: factor"),
         ({"rope_type": "linear"}, "factor"),

@@ -1,8 +1,9 @@
 """Rotary frequencies as transformers computes them from `rope_parameters`, or `rope_scaling` and `rope_theta`.
 
 The variants: `default` (Su et al., 2021), `linear` (Chen et al., 2023), `llama3` (Meta, 2024), `yarn` (Peng et al.,
-2023) and `longrope` (Ding et al., 2024), once named `su`. `dynamic` changes with the length of a sequence, which a cache of rotated keys
-cannot follow, and is refused. All of it is computed in fp32, so that the bits are those of transformers.
+2023) and `longrope` (Ding et al., 2024), once named `su`. `dynamic` changes with the length of a sequence, which a
+cache of rotated keys cannot follow, and is refused. All of it is computed in fp32, so that the bits are those of
+transformers.
 """
 
 from __future__ import annotations
