@@ -4,12 +4,14 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from expertmesh import wire
 from expertmesh.errors import InvalidInput
+from expertmesh.model.arrays import to_numpy, to_torch
 from expertmesh.v1.tensor_pb2 import DATA_TYPE_FLOAT32, DATA_TYPE_INT32, DATA_TYPE_INT64, DATA_TYPE_UNSPECIFIED, Tensor
 
 DTYPES = (wire.FLOAT32, wire.INT32, wire.INT64)
@@ -157,3 +159,92 @@ def test_lengths_are_summed_without_overflow() -> None:
 def test_no_lengths_are_refused() -> None:
     with pytest.raises(InvalidInput, match="lengths must have shape"):
         wire.decode_lengths(wire.encode(np.empty(0, np.int32)), 3, 9)
+
+
+# Rows of other dtypes. Torch is what narrower rows are compared with.
+
+FLOATS = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
+ROW_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def as_torch(array: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """What torch rounds float32 to, in float32."""
+    return torch.from_numpy(array.copy()).to(dtype).float().numpy()
+
+
+@pytest.mark.parametrize("name", ROW_DTYPES)
+@given(array=FLOATS)
+@example(array=np.array([1.0, -0.0, 1e-45, 65504.0, 1 + 2**-8, 1 + 3 * 2**-8, 3.38e38], np.float32))
+def test_narrow_rows_are_what_torch_rounds_to(name: str, array: np.ndarray) -> None:
+    expected = as_torch(array, ROW_DTYPES[name])
+    narrowed = wire.narrow(array, wire.ROW_DTYPES[name])
+    if np.isfinite(expected).all():
+        assert narrowed.dtype == wire.ROW_DTYPES[name]
+        assert wire.widen(narrowed).tobytes() == expected.tobytes()
+    else:
+        assert narrowed is array
+
+
+@pytest.mark.parametrize("name", ROW_DTYPES)
+@given(bits=hnp.arrays(np.uint16, st.integers(1, 40)))
+def test_all_narrow_numbers_are_held_exactly(name: str, bits: np.ndarray) -> None:
+    narrow = bits.view(wire.ROW_DTYPES[name])
+    expected = torch.from_numpy(bits.view(np.int16).copy()).view(ROW_DTYPES[name]).float().numpy()
+    finite = np.isfinite(expected)
+    wide = wire.widen(narrow)
+    assert wide.dtype == wire.FLOAT32
+    assert wide[finite].tobytes() == expected[finite].tobytes()
+    if finite.all():
+        assert wire.narrow(wide, narrow.dtype).tobytes() == narrow.tobytes()
+        message = Tensor.FromString(wire.encode(narrow).SerializeToString())
+        assert wire.decode_rows(message, (len(bits),), "rows").tobytes() == bits.tobytes()
+    else:
+        with pytest.raises(InvalidInput, match="not finite"):
+            wire.decode_rows(wire.encode(narrow), (len(bits),), "rows")
+
+
+@pytest.mark.parametrize("name", ROW_DTYPES)
+def test_one_number_that_does_not_fit_leaves_all_rows_as_they_are(name: str) -> None:
+    rows = ROWS.copy()
+    rows[1, 2] = np.finfo(np.float32).max
+    assert wire.narrow(rows, wire.ROW_DTYPES[name]) is rows
+    assert wire.encode(wire.narrow(rows, wire.ROW_DTYPES[name])).dtype == DATA_TYPE_FLOAT32
+
+
+def test_bfloat16_becomes_float16_where_it_fits() -> None:
+    small = wire.narrow(ROWS, wire.BFLOAT16)
+    assert wire.narrow(small, wire.FLOAT16).tobytes() == ROWS.astype(np.float16).tobytes()
+    large = wire.narrow(ROWS + np.float32(1e5), wire.BFLOAT16)
+    assert wire.narrow(large, wire.FLOAT16) is large
+
+
+@pytest.mark.parametrize("name", wire.ROW_DTYPES)
+def test_what_has_its_dtype_is_not_touched(name: str) -> None:
+    rows = wire.narrow(ROWS, wire.ROW_DTYPES[name])
+    assert wire.narrow(rows, rows.dtype) is rows
+
+
+@pytest.mark.parametrize("name", wire.ROW_DTYPES)
+def test_numpy_and_torch_hold_the_same_rows(name: str) -> None:
+    rows = wire.narrow(ROWS, wire.ROW_DTYPES[name])
+    read = wire.decode_rows(wire.encode(rows), ROWS.shape, "rows")  # an address that may be odd
+    tensor = to_torch(read, torch.device("cpu"))
+    assert tensor.dtype == {"float32": torch.float32, **ROW_DTYPES}[name]
+    assert (tensor.float().numpy() == ROWS).all()
+    assert to_numpy(tensor).dtype == rows.dtype
+    assert to_numpy(tensor.T.contiguous().T).tobytes() == rows.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [wire.INT32, wire.INT64])
+def test_rows_are_floating_point(dtype: np.dtype) -> None:
+    with pytest.raises(InvalidInput, match="float32, float16, bfloat16"):
+        wire.decode_rows(wire.encode(ROWS.astype(dtype)), ROWS.shape, "rows")
+
+
+@pytest.mark.parametrize("name", ROW_DTYPES)
+def test_narrow_rows_are_not_taken_for_float32(name: str) -> None:
+    message = wire.encode(wire.narrow(ROWS, wire.ROW_DTYPES[name]))
+    with pytest.raises(InvalidInput, match="must have dtype float32"):
+        wire.decode_finite(message, ROWS.shape, "rows")
+    with pytest.raises(InvalidInput, match="23 bytes where its shape needs 24"):
+        wire.decode_rows(tensor((3, 4), message.data[:-1], message.dtype), (3, 4), "rows")
