@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY := passive
 .PHONY: run test setup check format stubs bench coverage clean
 
 run: .venv/run
-	$(BIN)/expertmesh demo models/agnews --file examples/headlines.txt
+	$(BIN)/expertmesh demo models/agnews --file examples/headlines.txt --generator models/tinytext
 
 test: .venv/dev
 	$(BIN)/python -m pytest --cov --cov-report= $(PYTEST_ARGS)
