@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from itertools import pairwise
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from expertmesh import wire
 from expertmesh.errors import CorruptReply, MeshError, Unavailable
@@ -15,6 +19,7 @@ from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1.sampling_pb2 import TokenLogprob
 from expertmesh.v1.tensor_pb2 import DATA_TYPE_BFLOAT16, DATA_TYPE_FLOAT16, DATA_TYPE_FLOAT32
 from services.gateway import homes
+from services.gateway.stage_calls import cut
 from tests.doubles.tampering import Tampering
 from tests.generating import Answer, answers_of, asked, by_route, model
 from tests.small_mesh import small_mesh
@@ -213,6 +218,52 @@ async def test_without_a_full_model_the_error_names_the_stage(capfd: pytest.Capt
     assert caught.value.layer == 0
 
 
+async def test_what_a_home_was_not_told_to_free_it_is_told_later() -> None:
+    doubles: list[Any] = []
+
+    class Deaf(Tampering):
+        async def Release(self, request: Any, context: Any) -> Any:
+            self.times -= 1
+            if self.times >= 0:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "not heard")
+            return await self._honest.Release(request, context)
+
+    def wrap(honest: Any) -> Deaf:
+        doubles.append(Deaf(honest, "", crash))
+        doubles[0].times = 2
+        return doubles[0]
+
+    async with small_mesh(wraps={"gating": wrap}, full_model=False) as mesh, asyncio.timeout(PATIENCE_S):
+        await mesh.client.complete(REQUESTS[0])
+        while doubles[0].times > 1:
+            await asyncio.sleep(0)
+        assert mesh.free_blocks[0] == mesh.free_blocks[1] - 1
+        await mesh.client.complete(REQUESTS[0])
+        while mesh.free_blocks[0] < mesh.free_blocks[1]:
+            await asyncio.sleep(0.01)
+        assert doubles[0].times < 0
+
+
+async def test_a_stream_of_the_full_model_that_ends_before_its_last_token_is_an_error() -> None:
+    class Curt(Tampering):
+        async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+            async with aclosing(self._honest.Generate(request, context)) as messages:
+                for _ in range(3):
+                    yield await anext(messages)
+
+    wraps = {"full_model": lambda honest: Curt(honest, "", crash)}
+    async with small_mesh(wraps=wraps) as mesh, asyncio.timeout(PATIENCE_S):
+        messages: list[pb.GenerateResponse] = []
+
+        async def listen() -> None:
+            async for message in mesh.client.generate(by_route(REQUESTS[0], pb.ROUTE_FULL_MODEL)):
+                messages.append(message)
+
+        with pytest.raises(CorruptReply):
+            await listen()
+        assert 3 <= len(messages) < REQUESTS[0].max_tokens
+
+
 # Messages that are cut, and rows that travel narrower.
 
 LONG = [asked(300, 4), asked(211, 8, temperature=1.0, seed=9, repetition_penalty=1.2, logprobs=5)]
@@ -223,8 +274,16 @@ async def test_messages_are_cut_below_the_limit_and_the_bits_are_the_same(max_me
     async with small_mesh(full_model=False) as whole:
         expected = [answers_of(await whole.client.complete(request)) for request in LONG]
     async with small_mesh(full_model=False, max_message_bytes=max_message_bytes) as mesh:
-        replies = await asyncio.gather(*map(mesh.client.complete, LONG))
-    assert [answers_of(reply) for reply in replies] == expected
+        replies = await asyncio.gather(*map(mesh.client.complete, LONG * 6))
+    assert [answers_of(reply) for reply in replies] == expected * 6
+
+
+@given(sizes=st.lists(st.integers(0, 60), max_size=40), most=st.integers(1, 100))
+def test_items_are_cut_in_order_and_none_is_lost(sizes: list[int], most: int) -> None:
+    runs = [sizes[run] for run in cut(sizes, most)]
+    assert [size for run in runs for size in run] == sizes
+    assert all(sum(run) <= most or len(run) == 1 for run in runs)
+    assert all(sum(run) + following[0] > most for run, following in pairwise(runs))
 
 
 @pytest.mark.parametrize("wire_dtype", ["float16", "bfloat16"])

@@ -35,7 +35,7 @@ def two_homes() -> Iterator[Up]:
 
 @pytest.fixture(scope="module")
 def two_groups() -> Iterator[Up]:
-    with Up(model(), "--expert-services", "2", "--no-restart", environment={"EXPERTMESH_LEASE_S": "2"}) as up:
+    with Up(model(), "--expert-services", "2", "--no-restart") as up:
         yield up
         up.end_replacements()
 
