@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -13,13 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertmesh import wire
+from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.errors import CorruptReply, MeshError, Unavailable
 from expertmesh.rpc import replica
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.origin import Origin
 from expertmesh.v1 import inference_pb2 as pb
-from expertmesh.v1.sampling_pb2 import TokenLogprob
+from expertmesh.v1.classifier_pb2 import Draw, SampleRequest, SampleResponse
+from expertmesh.v1.sampling_pb2 import TokenLogprob, TokenLogprobs
 from expertmesh.v1.tensor_pb2 import DATA_TYPE_BFLOAT16, DATA_TYPE_FLOAT16, DATA_TYPE_FLOAT32
 from services.gateway import homes
-from services.gateway.stage_calls import cut
+from services.gateway.stage_calls import StageCalls, cut
 from tests.doubles.tampering import Tampering
 from tests.generating import Answer, answers_of, asked, by_route, model
 from tests.small_mesh import small_mesh
@@ -276,6 +281,25 @@ async def test_messages_are_cut_below_the_limit_and_the_bits_are_the_same(max_me
     async with small_mesh(full_model=False, max_message_bytes=max_message_bytes) as mesh:
         replies = await asyncio.gather(*map(mesh.client.complete, LONG * 6))
     assert [answers_of(reply) for reply in replies] == expected * 6
+
+
+async def test_draws_that_are_large_go_to_the_head_in_several_messages() -> None:
+    sent: list[SampleRequest] = []
+
+    class Head:
+        async def call(self, method: str, request: SampleRequest, deadline: Deadline, read: Any) -> Any:
+            sent.append(request)
+            tokens = [TokenLogprobs(id=draw.position) for draw in request.draws]
+            return read(SampleResponse(tokens=tokens), Origin("", "cpu"))
+
+    mesh: Any = SimpleNamespace(manifest=Manifest.read(model()), classifier=Head(), message_bytes=4000)
+    draws = [Draw(position=number, seen=range(number, 512), logprobs=-1) for number in range(20)]
+    rows_BD = np.arange(20 * 64, dtype=np.float32).reshape(20, 64)
+    tokens = await StageCalls(mesh, Deadline.after(10)).sample(rows_BD, draws)
+    assert [token.id for token in tokens] == list(range(20))
+    assert len(sent) == 7  # about 1.2 kB for each
+    assert max(request.ByteSize() for request in sent) < 4096
+    assert b"".join(request.rows.data for request in sent) == rows_BD.tobytes()
 
 
 @given(sizes=st.lists(st.integers(0, 60), max_size=40), most=st.integers(1, 100))

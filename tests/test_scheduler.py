@@ -245,6 +245,18 @@ async def test_no_sequence_that_runs_waits_for_a_row() -> None:
         assert decoding == list(range(decoding[0], decoding[0] + 6))  # from its first token on it is in every step
 
 
+async def test_a_prompt_gets_on_however_many_decode() -> None:
+    home = Keeper()
+    async with scheduling(home, limits=StepLimits(rows=4, sequences=100)) as scheduler:
+        wishes = [wish(40, 2), *(wish(1, 50) for _ in range(8))]
+        answers = await asyncio.gather(*(drawn(scheduler, one) for one in wishes))
+    assert answers == [followers(one) for one in wishes]
+    lengths = home.lengths()
+    ended = max(number for number, work in enumerate(lengths) if dict(work).get(40))
+    assert all(dict(work).get(40, 0) >= 1 for work in lengths[:ended])
+    assert ended <= 41
+
+
 async def test_two_homes_share_the_load() -> None:
     homes = [Keeper(), Keeper()]
     for home in homes:

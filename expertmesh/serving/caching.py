@@ -30,9 +30,12 @@ def make_leases(stage: Stage, kv_tokens: int, lease_s: float) -> Leases:
         lease_s: How long a sequence may be silent before it is forgotten.
 
     Raises:
-        SetupError: It would not hold one sequence of the whole context, or more than there is memory.
+        SetupError: It would not hold one sequence of the whole context, or more than there is memory; or the model's
+            embedding looks at more than a token, which a step does not tell it.
     """
     spec = stage.spec
+    if spec.embedding.learned_positions or spec.embedding.bigram_buckets:
+        raise SetupError("a model with learned positions or bigrams cannot generate: its rows depend on others' places")
     one = blocks_of(spec.context)
     block_bytes = KeyValueCache.block_bytes(spec)
     available = available_bytes(stage.device)
