@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # before gRPC is there: servers that tests end are no news
+
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
