@@ -13,52 +13,17 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from expertmesh.errors import MeshError, NotFinite, Overloaded, Unavailable
 from expertmesh.serving.generation import Generation, Token, Wish
-from expertmesh.serving.passes import Provenance
+from expertmesh.serving.home import Home, HomeLost
 from expertmesh.serving.steps import Work, plan_step
 from expertmesh.telemetry import metrics
 from expertmesh.telemetry.logging import event
-from expertmesh.v1.sampling_pb2 import TokenLogprobs
 
 MAX_REBUILDS = 8
 RETRY_OPEN_S = 0.05
 KEEP_EVERY_S = 2.0  # a home forgets what it does not hear of
-
-
-class HomeLost(Exception):
-    """A home lost its caches, or cannot be reached: its sequences have to be computed anew, elsewhere or there."""
-
-
-class Home(Protocol):
-    """Where sequences have their KV caches: a gating replica, or the process of the full model."""
-
-    @property
-    def is_live(self) -> bool:
-        """Whether it takes sequences."""
-
-    async def open(self, generation: Generation) -> None:
-        """Reserves room; for what is open already it says that it is still wanted.
-
-        Raises:
-            Overloaded: There is none just now.
-            InvalidInput: There never will be.
-            HomeLost: It cannot be had here.
-        """
-
-    async def release(self, generations: Sequence[Generation]) -> None:
-        """Frees sequences; never raises."""
-
-    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
-        """Computes rows and draws tokens, one for each work that draws, in their order; says how.
-
-        Raises:
-            HomeLost: What was cached here is lost.
-            NotFinite: NaN or infinity comes of it.
-            MeshError: The step failed for another reason, of which the caches know nothing.
-        """
 
 
 @dataclass(frozen=True)

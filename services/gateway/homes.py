@@ -22,9 +22,9 @@ from expertmesh.errors import (
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.replica import Replica, State
 from expertmesh.serving.generation import Generation
+from expertmesh.serving.home import HomeLost
 from expertmesh.serving.inspection import Observer, chunks
 from expertmesh.serving.passes import PROFILE_SEPARATOR, Provenance
-from expertmesh.serving.scheduler import HomeLost
 from expertmesh.serving.steps import Work
 from expertmesh.telemetry import tracing
 from expertmesh.v1.gating_pb2 import OpenRequest, Place, ReleaseRequest
