@@ -20,8 +20,9 @@ from expertmesh.errors import (
 )
 from expertmesh.serving import scheduler as module
 from expertmesh.serving.generation import Generation
+from expertmesh.serving.home import HomeLost
 from expertmesh.serving.passes import Provenance
-from expertmesh.serving.scheduler import MAX_REBUILDS, HomeLost, StepLimits
+from expertmesh.serving.scheduler import MAX_REBUILDS, StepLimits
 from expertmesh.serving.steps import Work
 from expertmesh.v1.inference_pb2 import ROUTE_MESH
 from expertmesh.v1.sampling_pb2 import TokenLogprobs

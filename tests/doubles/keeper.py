@@ -13,8 +13,9 @@ from expertmesh.errors import (
 )
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.serving.generation import NO_LOGPROBS, Generation, Wish
+from expertmesh.serving.home import Home, HomeLost
 from expertmesh.serving.passes import Provenance
-from expertmesh.serving.scheduler import Home, HomeLost, Scheduler, StepLimits
+from expertmesh.serving.scheduler import Scheduler, StepLimits
 from expertmesh.serving.steps import Work
 from expertmesh.v1.inference_pb2 import ROUTE_MESH
 from expertmesh.v1.sampling_pb2 import Sampling, TokenLogprobs
