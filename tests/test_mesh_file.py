@@ -97,13 +97,13 @@ def test_every_kind_can_be_named() -> None:
 @given(st.sets(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1))
 def test_pairs_are_parsed_in_ascending_order(pairs: set[tuple[int, int]]) -> None:
     patterns = tuple(f"{layer}:{expert}" for layer, expert in pairs)
-    assert parse_experts((*patterns, *patterns), layers=3, experts=4) == sorted(pairs)
+    assert parse_experts((*patterns, *patterns), layers=range(3), experts=4) == sorted(pairs)
 
 
 def test_stars_stand_for_all() -> None:
-    assert parse_experts(("*:1",), 2, 2) == [(0, 1), (1, 1)]
-    assert parse_experts(("1:*",), 2, 2) == [(1, 0), (1, 1)]
-    assert parse_experts(("*:*", "0:0"), 2, 2) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert parse_experts(("*:1",), range(2), 2) == [(0, 1), (1, 1)]
+    assert parse_experts(("1:*",), range(2), 2) == [(1, 0), (1, 1)]
+    assert parse_experts(("*:*", "0:0"), range(2), 2) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 @pytest.mark.parametrize(
@@ -111,4 +111,10 @@ def test_stars_stand_for_all() -> None:
 )
 def test_a_pattern_that_names_nothing_is_refused(pattern: str) -> None:
     with pytest.raises(SetupError, match="LAYER:EXPERT"):
-        parse_experts((pattern,), 2, 2)
+        parse_experts((pattern,), range(2), 2)
+
+
+def test_layers_without_experts_are_left_out() -> None:
+    assert parse_experts(("*:1",), [1, 3], 2) == [(1, 1), (3, 1)]
+    with pytest.raises(SetupError, match="LAYER:EXPERT"):
+        parse_experts(("2:1",), [1, 3], 2)
