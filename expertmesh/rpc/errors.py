@@ -108,8 +108,8 @@ def from_call(error: grpc.aio.AioRpcError, stage: str) -> errors.MeshError:
         case grpc.StatusCode.INVALID_ARGUMENT:
             kind = errors.NonFiniteInput if info.get("reason") == "NON_FINITE_INPUT" else errors.InvalidInput
             return kind(text, info.get("field", ""))
-        case grpc.StatusCode.DATA_LOSS if info.get("reason") == "NOT_FINITE":
-            return errors.NotFinite(text)
+        case grpc.StatusCode.DATA_LOSS if info:
+            return (errors.NotFinite if info["reason"] == "NOT_FINITE" else errors.CorruptReply)(text)
         case grpc.StatusCode.FAILED_PRECONDITION:
             return errors.WrongPart(text)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
