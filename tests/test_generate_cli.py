@@ -166,8 +166,8 @@ async def test_controls_are_kept_from_terminals_only() -> None:
     ("steps", "arguments", "said_of_it"),
     [
         ([WrongPart("this model classifies")], ["Say"], "the model cannot do this: this model classifies"),
-        ([Unavailable("no gating", "gating")], ["Say"], "the mesh did not answer: no gating"),
-        ([said("a", ids=[1])], ["Say"], "the mesh did not answer: the answer ended before it was finished"),
+        ([Unavailable("no gating", "gating")], ["Say"], "the mesh could not answer: no gating"),
+        ([said("a", ids=[1])], ["Say"], "the mesh could not answer: the answer ended before it was finished"),
         ([said("a", choice=5)], ["Say"], "choice 5"),
         ([], ["--route", "sideways", "Say"], "route 'sideways' is not known"),
         ([], ["--contract", "none", "Say"], "contract 'none' is not known"),
@@ -192,7 +192,7 @@ def test_bad_usage(arguments: list[str]) -> None:
 def test_nobody_at_the_address() -> None:
     ended = run("generate", "--address", "127.0.0.1:1", "Say")
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert "the mesh did not answer: " in ended.stderr
+    assert "the mesh could not answer: " in ended.stderr
 
 
 def test_a_model_that_classifies_cannot_generate(mesh: Up, model: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_switch_can_be_turned_off_again(tmp_path: Path) -> None:
         (["--texts=many"], "texts = 'many' is no int"),
         (["--texts=1.5"], "texts = '1.5' is no int"),
         (["--inspect=maybe"], "inspect = 'maybe' is no bool"),
-        (["--grace-s=soon"], "grace_s = 'soon' is no float"),
+        (["--grace-s=soon"], "--grace-s = 'soon' is no float"),
         (["--grace-s=-1"], "grace_s must be in"),
         (["--grace-s=nan"], "grace_s must be in"),
         (["--drain-s=inf"], "drain_s must be in"),
@@ -135,7 +135,7 @@ def test_a_binary_file_gives_one_line(tmp_path: Path) -> None:
 
 
 def test_a_bad_variable_gives_one_line() -> None:
-    with pytest.raises(SetupError, match="threads = 'all' is no int"):
+    with pytest.raises(SetupError, match="EXPERTMESH_THREADS = 'all' is no int"):
         read(EXPERTMESH_THREADS="all")
 
 

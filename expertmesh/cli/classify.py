@@ -16,7 +16,7 @@ from rich.text import Text
 
 from expertmesh.cli import placement, session
 from expertmesh.client import Client
-from expertmesh.errors import InvalidInput, MeshError, SetupError
+from expertmesh.errors import InvalidInput, MeshError, SetupError, WrongPart
 from expertmesh.serving.inference import parse_route, route_name
 from expertmesh.serving.requests import MAX_TEXT_BYTES, check_texts
 from expertmesh.v1.inference_pb2 import Route
@@ -119,8 +119,10 @@ async def _answers(client: Client, texts: list[str], route: Route) -> AsyncItera
                     yield (await _call(client, [text], route))[0]
                 except InvalidInput as error:
                     yield {"text": text, "error": str(error)}
+        except WrongPart as error:
+            raise SetupError(f"the model cannot do this: {error}") from None
         except MeshError as error:
-            raise SetupError(f"the mesh did not answer: {error}") from None
+            raise SetupError(f"the mesh could not answer: {error}") from None
 
 
 async def _call(client: Client, texts: list[str], route: Route) -> list[dict[str, Any]]:

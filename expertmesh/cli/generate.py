@@ -130,7 +130,7 @@ async def _generate(request: GenerateRequest, as_json: bool, address: str, run_d
         except WrongPart as error:
             raise SetupError(f"the model cannot do this: {error}") from None
         except MeshError as error:
-            raise SetupError(f"the mesh did not answer: {error}") from None
+            raise SetupError(f"the mesh could not answer: {error}") from None
         finally:
             if printer is not None:
                 printer.end_line()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -39,21 +40,39 @@ class Session:
     plan: Plan | None = None
 
 
-def run(coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """Runs a verb; a signal to stop cancels it, so that whatever it started is stopped as well."""
+def run(coroutine: Coroutine[Any, Any, ResultT], until_told: bool = False) -> ResultT:
+    """Runs a verb; a signal to stop cancels it, so that whatever it started is stopped as well.
+
+    Args:
+        coroutine: The verb.
+        until_told: Whether it runs until it is told to stop, which is then no failure.
+
+    Raises:
+        KeyboardInterrupt: It was interrupted.
+        SystemExit: It was told to stop, and that is how it ends well.
+    """
+    told: list[signal.Signals] = []
 
     async def guarded() -> ResultT:
         task = asyncio.current_task()
         assert task is not None
+
+        def stop(number: signal.Signals) -> None:
+            told.append(number)
+            print("stopping", file=sys.stderr)
+            task.cancel()
+
         for number in STOPPING_SIGNALS:
             if signal.getsignal(number) is signal.SIG_IGN:  # as nohup wants it
                 continue
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, stop, number)
         return await coroutine
 
     try:
         return asyncio.run(guarded())
     except asyncio.CancelledError:
+        if until_told and told and told[0] is not signal.SIGINT:
+            sys.exit(0)
         raise KeyboardInterrupt from None
 
 
@@ -89,7 +108,11 @@ async def any_mesh(model: Path | None, address: str, run_dir: Path, options: Opt
     elif found is not None:
         yield Session(found.grpc)
     else:
-        async with temporary_mesh(model or Path("models/agnews"), options) as session:
+        own = model or Path("models/agnews")
+        other = state.find(run_dir)
+        why = f"the mesh in {run_dir} serves another model" if other else f"no mesh runs in {run_dir}"
+        print(f"{why}: starting one of {own} for this call", file=sys.stderr)
+        async with temporary_mesh(own, options) as session:
             yield session
 
 

@@ -19,7 +19,7 @@ def split(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     name: Annotated[str, typer.Option(help="The model's name; the checkpoint's by default.")] = "",
     dtype: Annotated[
-        str, typer.Option(help=f"What it computes in, {' or '.join(DTYPES)}; by default the former.")
+        str, typer.Option(help=f"What it computes in, {' or '.join(DTYPES)}; {DTYPES[0]} by default.")
     ] = "",
     context: Annotated[
         int, typer.Option(help="Most tokens in a sequence; by default what the model was made for.", min=0)
@@ -37,4 +37,4 @@ def split(
     size, spec = sum(part.size_bytes for part in manifest.parts.values()), manifest.spec
     print(f"{out}: {len(manifest.parts)} parts, {size / 1e6:.1f} MB, model digest {manifest.digest[:16]}")
     experts = f"{len(spec.sparse_layers)} with {spec.router.experts} experts of which {spec.router.top_k} are used"
-    print(f"{source.kind}: {spec.layers} layers, {experts}, context {spec.context}, {spec.dtype}")
+    print(f"{manifest.name}: {source.kind}, {spec.layers} layers, {experts}, context {spec.context}, {spec.dtype}")

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
+from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.cli import placement, session
 from expertmesh.client import Client
 from expertmesh.errors import MeshError, SetupError
@@ -116,5 +117,5 @@ def _show(found: RunningMesh, seen: list[Seen]) -> None:
         )  # fmt: skip
     console.print(table)
     replicas = Counter(process.service for process in seen)
-    console.print(f"model {Path(found.model).name} · {len(replicas)} services, {len(seen)} processes")
+    console.print(f"model {Manifest.read(Path(found.model)).name} · {len(replicas)} services, {len(seen)} processes")
     console.print(f"gRPC {found.grpc} · HTTP http://{found.http}")

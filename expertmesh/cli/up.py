@@ -30,7 +30,7 @@ def up(
 ) -> None:
     """Starts a mesh, prints its addresses, and runs it until Ctrl-C, SIGTERM or `expertmesh down`."""
     options = placement.read_options(expert_services, replicas, device, grpc, http, inspect, faults, full_model)
-    session.run(_up(model, run_dir.resolve(), options, restart))
+    session.run(_up(model, run_dir.resolve(), options, restart), until_told=True)
 
 
 async def _up(model: Path, run_dir: Path, options: Options, restart: bool) -> None:

@@ -135,12 +135,14 @@ def _show_findings(findings: Findings) -> None:
     print_table(table)
     print(f"profile             {' + '.join(sorted(findings.profiles))}")
     if not findings.was_inspected:
-        print("logits              were not compared; switch inspection on")
+        print("logits              were not compared; start the mesh with `expertmesh up --inspect`")
     if findings.first is not None:
         print(f"first difference    {findings.first}")
     if findings.inexact:
         print(f"not exact           {findings.inexact} answers said that they mix numeric profiles")
-    if findings.are_equal:
+    if findings.are_equal and findings.was_inspected:
         print("mesh and full model are bit-equal")
+    elif findings.are_equal:
+        print("generated tokens and their log probabilities are bit-equal")
     else:
         print("MESH AND FULL MODEL ARE NOT BIT-EQUAL" if findings.differing else "the mesh mixes numeric profiles")

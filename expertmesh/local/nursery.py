@@ -21,6 +21,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from expertmesh.errors import SetupError
+
 PRELOADED = (
     "torch",
     "safetensors.torch",
@@ -31,6 +33,7 @@ PRELOADED = (
     "services.full_model.__main__",
     "services.gating.__main__",
 )
+EXIT_SETUP_ERROR = 2
 _PR_SET_PDEATHSIG = 1
 
 
@@ -96,6 +99,9 @@ def _become(command: dict[str, Any], nursery: int) -> NoReturn:
             os.execv(sys.executable, program)  # noqa: S606
         module = importlib.import_module(f"{command['module']}.__main__")
         status = module.main(command["arguments"])
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = EXIT_SETUP_ERROR
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:

@@ -118,20 +118,15 @@ class Supervisor:
         self._write_state()
 
     async def stop(self) -> None:
-        """Stops every process, the gateway first, and kills what does not stop in time."""
+        """Stops every process and kills what does not stop in time; stages serve until the gateway has drained."""
         self._stopping = True
         if not hasattr(self, "_nursery"):
             return
         if self._failure.done():
             self._failure.exception()
         alive = [child for child in self._children.values() if child.pid]
-        alive.sort(key=lambda child: child.process.kind != "gateway")
-        for child in alive:
-            self._tell({"do": "signal", "pid": child.pid, "signal": signal.SIGTERM})
-        if self._nursery.returncode is None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(STOP_TIMEOUT_S):
-                    await asyncio.gather(*(child.ended.wait() for child in alive))
+        await self._end([child for child in alive if child.process.kind == "gateway"])
+        await self._end([child for child in alive if child.process.kind != "gateway"])
         assert self._nursery.stdin is not None
         self._nursery.stdin.close()  # the nursery kills what is left, and ends
         with suppress(TimeoutError):
@@ -143,6 +138,14 @@ class Supervisor:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _end(self, children: list[_Child]) -> None:
+        for child in children:
+            self._tell({"do": "signal", "pid": child.pid, "signal": signal.SIGTERM})
+        if self._nursery.returncode is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await asyncio.gather(*(child.ended.wait() for child in children))
 
     async def wait_for_failure(self) -> None:
         """Returns never; raises SetupError if the mesh cannot go on (its nursery died)."""

@@ -129,15 +129,17 @@ def read_settings(
     stored = _read_file(flags["config"], {entry.name for entry in fields(cls)})
     values: dict[str, Any] = {}
     for entry in fields(cls):
-        given = flags[entry.name]
-        if given is None:
-            given = environment.get(f"EXPERTMESH_{entry.name.upper()}")
-        if given is None:
-            given = stored.get(entry.name)
+        variable = f"EXPERTMESH_{entry.name.upper()}"
+        sources = (
+            (_flag(entry), flags[entry.name]),
+            (variable, environment.get(variable)),
+            (entry.name, stored.get(entry.name)),
+        )
+        told, given = next(((told, given) for told, given in sources if given is not None), ("", None))
         if given is not None:
-            values[entry.name] = _convert(given, hints[entry.name], entry.name)
+            values[entry.name] = _convert(given, hints[entry.name], told)
         elif entry.default is MISSING:
-            raise SetupError(f"{_flag(entry)} is needed (or EXPERTMESH_{entry.name.upper()})")
+            raise SetupError(f"{_flag(entry)} is needed (or {variable})")
     return cls(**values)
 
 
