@@ -346,7 +346,7 @@ def test_the_command_says_what_it_wrote_and_errors_in_one_line(source: Path, tmp
     manifest = Manifest.read(tmp_path / "out")
     assert (manifest.name, manifest.spec.dtype, manifest.spec.context) == ("mine", "bfloat16", 50)
     assert f"model digest {manifest.digest[:16]}" in done.stdout
-    assert "mixtral: 2 layers, 2 with 4 experts of which 2 are used, context 50, bfloat16" in done.stdout
+    assert "mine: mixtral, 2 layers, 2 with 4 experts of which 2 are used, context 50, bfloat16" in done.stdout
     done = run("--context", "97")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [

@@ -118,5 +118,5 @@ def test_hidden_states_that_are_not_shown_cannot_be_compared(mixtral: Path) -> N
         assert "start it with inspection on" in ended.stderr
         ended = run("verify", mixtral, "--address", closed.grpc, "--max-tokens", 3)
         assert ended.returncode == 0
-        assert "were not compared; switch inspection on" in ended.stdout
+        assert "were not compared; start the mesh with `expertmesh up --inspect`" in ended.stdout
         assert rows(ended.stdout, "generated greedily")[3:5] == ["0 of 8", "0"]

@@ -279,7 +279,7 @@ def test_a_missing_model_gives_one_line_and_leaves_no_socket() -> None:
 
 
 def test_a_bad_setting_gives_one_line() -> None:
-    assert refused("tokenizer", "--threads=none") == "error: threads = 'none' is no int"
+    assert refused("tokenizer", "--threads=none") == "error: --threads = 'none' is no int"
 
 
 def test_a_changed_weight_file_is_refused_by_its_part(tmp_path: Path) -> None:
