@@ -24,6 +24,8 @@ HOMES = ("gating.0", "full_model.0")
 LONG = 400  # tokens of a stream that would take long to end by itself
 SPARE_FILES = 4
 SPARE_BYTES = 24 * 2**20
+SPARE_TASKS = 2  # that may be answering those who look
+TASKS = "expertmesh_tasks"
 
 VICTIM = """
 import asyncio, sys
@@ -50,13 +52,30 @@ def up() -> Iterator[Up]:
 class Baseline:
     """What a mesh holds when nobody asks for anything, and that it holds no more later."""
 
-    def __init__(self, up: Up) -> None:
+    def __init__(self, up: Up, tasks: dict[str, float]) -> None:
         self._up = up
+        self._tasks = tasks
         self._files = {name: self._open_files(name) for name in up.processes()}
         self._bytes = {name: self._resident_bytes(name) for name in up.processes()}
 
+    @classmethod
+    async def of(cls, up: Up) -> Baseline:
+        """What it holds once it has come to rest."""
+        at_rest: dict[str, float] = {}
+        for name in up.processes():
+            seen: list[float] = []
+
+            async def rests(name: str = name, seen: list[float] = seen) -> bool:
+                seen.append((await metrics_of(up, name))[TASKS])
+                return seen[-1] > 0 and len(seen) > 60 and max(seen[-60:]) - min(seen[-60:]) <= SPARE_TASKS
+
+            await until(rests)
+            at_rest[name] = min(seen[-60:])
+        return cls(up, at_rest)
+
     async def restored(self) -> None:
         await until(self._is_idle)
+        await until(self._has_no_more_tasks)
         await until(self._has_closed)
         for name, before in self._bytes.items():
             assert self._resident_bytes(name) - before < SPARE_BYTES, name
@@ -69,6 +88,12 @@ class Baseline:
         for scheduler in ("gateway.0", "full_model.0"):
             numbers = await metrics_of(self._up, scheduler)
             if any(numbers[f'expertmesh_generations{{state="{state}"}}'] for state in ("waiting", "running")):
+                return False
+        return True
+
+    async def _has_no_more_tasks(self) -> bool:
+        for name, before in self._tasks.items():
+            if (await metrics_of(self._up, name))[TASKS] > before + SPARE_TASKS:
                 return False
         return True
 
@@ -90,7 +115,7 @@ async def baseline(up: Up) -> AsyncIterator[Baseline]:
         for route in (pb.ROUTE_MESH, pb.ROUTE_FULL_MODEL):
             await asyncio.gather(*(streamed(client, asked(50, 20, route=route)) for _ in range(40)))
         expected = answer_of(await streamed(client, asked(33, 30)))
-        found = Baseline(up)
+        found = await Baseline.of(up)
         yield found
         await found.restored()
         for route in (pb.ROUTE_MESH, pb.ROUTE_FULL_MODEL):

@@ -27,6 +27,7 @@ NAMES = {
     "expertmesh_texts": "counter",
     "expertmesh_fallbacks": "counter",
     "expertmesh_pass_texts": "histogram",
+    "expertmesh_tasks": "gauge",
     "expertmesh_kv_blocks": "gauge",
     "expertmesh_kv_sequences": "gauge",
     "expertmesh_generations": "gauge",

@@ -193,6 +193,7 @@ async def _health(health: HealthServicer, program: Program) -> AsyncIterator[Non
     async def follow() -> None:
         while True:
             await asyncio.sleep(0.5)
+            metrics.TASKS.set(len(asyncio.all_tasks()))
             try:
                 await _say(health, program, program.is_ready())
             except Exception:

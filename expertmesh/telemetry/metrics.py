@@ -26,6 +26,7 @@ FALLBACKS = Counter(
     "expertmesh_fallbacks", "Calls that left the mesh route, by the stage that did not answer.", ["stage"]
 )
 PASS_TEXTS = Histogram("expertmesh_pass_texts", "Texts that shared a pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
+TASKS = Gauge("expertmesh_tasks", "Tasks of the event loop, looked at twice a second.")
 KV_BLOCKS = Gauge("expertmesh_kv_blocks", "Blocks of the KV cache: total and used.", ["state"])
 KV_SEQUENCES = Gauge("expertmesh_kv_sequences", "Sequences that hold blocks of the KV cache.")
 GENERATIONS = Gauge("expertmesh_generations", "Sequences that generate, by whether they wait or run.", ["state"])
