@@ -95,6 +95,7 @@ class Generation:
         left: Whether nobody waits for it any more.
         rebuilds: How often it had to be computed anew.
         heard_s: When its home last heard of it, on the clock of `time.monotonic`.
+        stepped: Number of the last step at its home that it had a part in.
         witnesses: How everything was computed that its next token depends on.
     """
 
@@ -106,6 +107,7 @@ class Generation:
     left: bool = False
     rebuilds: int = 0
     heard_s: float = 0.0
+    stepped: int = 0
     witnesses: Witnesses = field(default_factory=lambda: Witnesses())
     _seen: set[int] = field(default_factory=set)
     _events: asyncio.Queue[Token | BaseException] = field(default_factory=asyncio.Queue)

@@ -39,6 +39,7 @@ NEXT_TOKEN_SECONDS = Histogram("expertmesh_next_token_seconds", "From one token 
 STEP_ROWS = Histogram(
     "expertmesh_step_rows", "Token rows that shared a step.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 )
+UNDER_WAY = Gauge("expertmesh_under_way", "Passes and steps that are computed just now.", ["kind"])
 REPLICA_EVENTS = Counter("expertmesh_replica_events", "What happened to replicas.", ["service", "event"])
 REPLICAS_LIVE = Gauge("expertmesh_replicas_live", "Replicas that are verified and answer.", ["service"])
 
