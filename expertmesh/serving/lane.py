@@ -68,6 +68,7 @@ class Lane:
         self._releases: set[asyncio.Task[None]] = set()
         self._awake = asyncio.Event()
         self._retry: asyncio.TimerHandle | None = None
+        self._fits = self._most  # as far as is known; its cache may hold fewer
         self.is_full = False  # until something is released or a while has passed
         self._context = contextvars.Context()  # not that of the request that happened to come first
         self._task = asyncio.get_running_loop().create_task(self._run(), context=self._context)
@@ -81,6 +82,11 @@ class Lane:
     def has_room(self) -> bool:
         """Whether it may take another one."""
         return not self.is_full and self.load < self._most and self.home.is_live
+
+    @property
+    def room(self) -> int:
+        """How many more it probably has room for."""
+        return max(0, self._fits - self.load) if self.home.is_live else 0
 
     def wake(self) -> None:
         """Lets it look again whether there is work."""
@@ -130,8 +136,10 @@ class Lane:
                 generation.fail(Unavailable("it could not be started", "gating"))
                 raise
             else:
-                generation.heard_s, generation.stepped = time.monotonic(), 0
+                generation.opened_s = generation.heard_s = time.monotonic()
+                generation.stepped = 0
                 self._running.append(generation)
+                self._fits = max(self._fits, self.load)
             if self._steps_ended():  # those that run already do not wait until everybody has come in
                 await self._collect()
                 self._start()
@@ -139,6 +147,7 @@ class Lane:
     def _wait_for_room(self) -> None:
         """Nothing is opened until something was released here; another program may have, so look again anyway."""
         self.is_full = True
+        self._fits = self.load
         self._retry = asyncio.get_running_loop().call_later(RETRY_OPEN_S, self._look_again)
 
     def _look_again(self) -> None:
@@ -238,6 +247,7 @@ class Lane:
             piece.generation.witnesses.add(provenance)
             if piece.draws and piece.generation.add(next(tokens), provenance.route):
                 ended.append(piece.generation)
+                self._scheduler.ended(piece.generation)
         self._release(ended)
 
     def _divide(self, work: Sequence[Work], error: NotFinite) -> None:

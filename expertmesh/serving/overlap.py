@@ -112,7 +112,7 @@ class Overlap:
         clock: Gives seconds that never go back.
     """
 
-    def __init__(self, fixed: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, fixed: int = 0, clock: Callable[[], float] = lambda: time.monotonic()) -> None:
         self._fixed, self._clock = fixed, clock
         self._trials: dict[tuple[int, int], _Trial] = {}
         self._under_way: list[Started] = []

@@ -1,16 +1,19 @@
 """Continuous batching: sequences that generate share steps, each at the home of its KV cache.
 
-Those that wait are given to homes in the order of their arrival; who does not fit a home's cache goes on waiting. The
-steps of each home are a `lane`'s.
+Those that wait are given to homes in the order of their arrival; who does not fit a home's cache goes on waiting. What
+would be answered too late is refused. The steps of each home are a `lane`'s.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
-from expertmesh.errors import Overloaded, Unavailable
+from expertmesh.errors import Unavailable
+from expertmesh.serving import shedding
+from expertmesh.serving.durations import Durations
 from expertmesh.serving.generation import Generation, Token, Wish
 from expertmesh.serving.home import Home
 from expertmesh.serving.lane import Lane
@@ -50,16 +53,20 @@ class Scheduler:
         self._homes, self._limits, self._unavailable = homes, limits, unavailable
         self._waiting: deque[Generation] = deque()
         self._lanes: dict[int, Lane] = {}
+        self._durations = Durations()
 
     async def generate(self, wish: Wish) -> AsyncGenerator[Token, None]:
         """The tokens of one sequence as they come; closing the iterator frees whatever it holds.
 
         Raises:
-            Overloaded: Too much waits already.
+            Overloaded: Too much waits already, or so much that it would not be done in time.
             MeshError: It cannot be served.
         """
+        expected_s = self._expected_s(wish)
         if len(self._waiting) >= self._limits.waiting:
-            raise Overloaded(f"{len(self._waiting)} sequences are waiting already")
+            raise shedding.refuse_full("step", f"{len(self._waiting)} sequences", expected_s)
+        if expected_s is not None:
+            shedding.refuse_late("step", expected_s, wish.deadline)
         generation = Generation(wish)
         self._waiting.append(generation)
         tokens = generation.tokens()
@@ -80,7 +87,7 @@ class Scheduler:
 
     def take(self, lane: Lane) -> Generation | None:
         """The next generation that waits, if it is this lane's turn: the emptiest lane takes it."""
-        while self._waiting and self._waiting[0].left:
+        while self._waiting and (self._waiting[0].left or self._is_dropped(self._waiting[0])):
             self._waiting.popleft()
         if not self._waiting:
             return None
@@ -88,6 +95,10 @@ class Scheduler:
         for other in emptier:
             other.wake()
         return None if emptier else self._waiting.popleft()
+
+    def ended(self, generation: Generation) -> None:
+        """A generation has all its tokens."""
+        self._durations.observe(generation)
 
     def give_back(self, generations: Sequence[Generation]) -> None:
         """Puts generations back to the front of those that wait."""
@@ -106,6 +117,26 @@ class Scheduler:
         self.tell()
         for lane in self._lanes.values():
             lane.wake()
+
+    def _expected_s(self, wish: Wish) -> float | None:
+        """How long a new sequence would take, if that is known and there is no room for it now."""
+        room = sum(lane.room for lane in self._lanes.values())
+        before = len(self._waiting) + 1 - room
+        alone_s, whole_s = self._durations.alone_s(wish), self._durations.whole_s
+        if alone_s is None or whole_s is None or before <= 0 or not self._lanes:
+            return None
+        running = sum(lane.load for lane in self._lanes.values())
+        return before * whole_s / max(1, running) + alone_s  # each that ends makes room for one
+
+    def _is_dropped(self, generation: Generation) -> bool:
+        """Drops what would come too late, unless nobody else waits, or somebody has seen a part of it."""
+        wish = generation.wish
+        alone_s = self._durations.alone_s(wish)
+        left_s = wish.deadline.at_s - time.monotonic()
+        if alone_s is None or left_s >= alone_s or generation.generated or len(self._waiting) == 1:
+            return False
+        generation.fail(shedding.dropped("step", self._expected_s(wish) or alone_s))
+        return True
 
     def tell(self) -> None:
         """Brings the metrics up to date."""
