@@ -147,11 +147,11 @@ class Batcher(Generic[WorkT, AnswerT]):
         return call.answers  # type: ignore[return-value]
 
     def _check_room(self, texts: int, characters: int, deadline: Deadline) -> None:
-        expected_s = self._expected_s(texts, characters)
         texts_fit = self._waiting_texts + texts <= self._limits.waiting_texts
         if not texts_fit or self._waiting_characters + characters > self._limits.waiting_characters:
-            raise shedding.refuse_full("pass", f"{self._waiting_texts} texts", expected_s)
-        if self._limits.sheds and expected_s is not None:
+            waiting = f"{self._waiting_texts} texts"
+            raise shedding.refuse_full("pass", waiting, self._expected_s(texts, characters))
+        if self._limits.sheds and (expected_s := self._expected_s(texts, characters)) is not None:
             shedding.refuse_late("pass", expected_s, deadline)
 
     def _expected_s(self, texts: int, characters: int) -> float | None:
