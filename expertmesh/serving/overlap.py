@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from statistics import median
 
 MOST_LEVEL = 8
-ROUNDS = 4  # a turn of a trial lasts until each place was used so often
+ROUNDS = 3  # a turn of a trial lasts until each place was used so often
 TURNS = 5  # of each level in a trial; of an odd number the median is one of them
+CLEAR_TURNS = 2  # of each are enough where every one of one level is better than every one of the other
 BETTER = 1.08  # more at once must be so much faster; fewer at once need only be no slower
 HOLD_TRIALS = 20  # what was decided holds at least so many times as long as the trial took
 HOLD_S, MOST_HOLD_S = 1.0, 60.0  # and grows from trial to trial that changes nothing
@@ -58,7 +59,7 @@ class _Trial:
         self.rates[level].append(self.turn_work / self.turn_s)
         self.at = self.chosen + self.other - level
         self._begin_turn()
-        if len(self.rates[self.at]) == TURNS:
+        if len(self.rates[self.at]) == len(self.rates[level]) and self._is_clear():
             self._decide(now_s)
 
     def _begin(self, now_s: float) -> None:
@@ -74,6 +75,11 @@ class _Trial:
 
     def _neighbour(self) -> int:
         return self.chosen * 2 if self.up else self.chosen // 2
+
+    def _is_clear(self) -> bool:
+        chosen, other = self.rates[self.chosen], self.rates[self.other]
+        is_apart = max(other) < min(chosen) or min(other) > max(chosen) * BETTER
+        return len(chosen) == TURNS or (len(chosen) >= CLEAR_TURNS and is_apart)
 
     def _decide(self, now_s: float) -> None:
         assert self.started_s is not None
@@ -103,7 +109,7 @@ class Started:
 class Overlap:
     """Says how many pieces of work to have under way at once.
 
-    Loads are told apart by powers of two, since what is best for many rows need not be so for few. A trial gives each
+    Loads are told apart by powers of four, since what is best for many rows need not be so for few. A trial gives each
     of two neighbouring levels short turns, alternately, so that a load that drifts counts for both; the medians of
     their rates are compared. Only what ended while just so many were under way counts, and no time without work.
 
@@ -151,7 +157,7 @@ class Overlap:
 
     def _trial(self, load: int, most: int) -> _Trial:
         most = 1 << (min(most, MOST_LEVEL).bit_length() - 1)
-        key = load.bit_length(), most
+        key = load.bit_length() // 2, most
         if key not in self._trials:
             self._trials[key] = _Trial(most, min(self._latest, most))
         return self._trials[key]
