@@ -47,9 +47,11 @@ def encode(array: AnyArray) -> Tensor:
     Raises:
         KeyError: The dtype is none of these.
     """
-    code = _DTYPE2CODE[array.dtype.newbyteorder("<")]
-    data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()
-    return Tensor(dtype=code, shape=array.shape, data=data)
+    code = _DTYPE2CODE.get(array.dtype)
+    if code is None:  # of the other byte order, or none that travels
+        code = _DTYPE2CODE[array.dtype.newbyteorder("<")]
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return Tensor(dtype=code, shape=array.shape, data=array.tobytes())
 
 
 def decode(tensor: Tensor, dtype: np.dtype[Any], shape: tuple[int | None, ...], name: str) -> AnyArray:
@@ -67,17 +69,17 @@ def decode(tensor: Tensor, dtype: np.dtype[Any], shape: tuple[int | None, ...], 
     if _CODE2DTYPE.get(tensor.dtype) != dtype:
         raise InvalidInput(f"{name} must have dtype {_name(dtype)}", name)
     given = tuple(tensor.shape)
-    fits = len(given) == len(shape) and all(
-        size >= 1 if expected is None else size == expected for size, expected in zip(given, shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise InvalidInput(f"{name} must have shape [{wanted}], not {list(given)[:8]}", name)
-    if len(tensor.data) != prod(given) * dtype.itemsize:
-        raise InvalidInput(
-            f"{name} has {len(tensor.data)} bytes where its shape needs {prod(given) * dtype.itemsize}", name
+    if given != shape:
+        fits = len(given) == len(shape) and all(
+            size >= 1 if expected is None else size == expected for size, expected in zip(given, shape, strict=True)
         )
-    return np.frombuffer(tensor.data, dtype=dtype).reshape(given)
+        if not fits:
+            wanted = ", ".join("*" if size is None else str(size) for size in shape)
+            raise InvalidInput(f"{name} must have shape [{wanted}], not {list(given)[:8]}", name)
+    data = tensor.data
+    if len(data) != prod(given) * dtype.itemsize:
+        raise InvalidInput(f"{name} has {len(data)} bytes where its shape needs {prod(given) * dtype.itemsize}", name)
+    return np.frombuffer(data, dtype=dtype).reshape(given)
 
 
 def decode_finite(tensor: Tensor, shape: tuple[int | None, ...], name: str) -> AnyArray:

@@ -126,7 +126,11 @@ class Replica:
         self.calls_under_way += 1
         try:
             bounded_s = min(timeout_s, ATTEMPT_TIMEOUT_S)
-            reply, origin = await (self._linked if self.links else self._called)(method, request, bounded_s)
+            if self.links:
+                reply = await getattr(self._link_stub, method)(request, bounded_s)
+                origin = self._link.origin
+            else:
+                reply, origin = await self._called(method, request, bounded_s)
         except DeadlineExceeded:
             if timeout_s <= ATTEMPT_TIMEOUT_S:
                 raise
@@ -143,10 +147,6 @@ class Replica:
             raise NotFinite(str(error)) from None
         except MeshError as error:
             raise CorruptReply(str(error)) from None
-
-    async def _linked(self, method: str, request: Any, timeout_s: float) -> tuple[Any, Origin]:
-        reply = await getattr(self._link_stub, method)(request, timeout_s)
-        return reply, self._link.origin
 
     async def _called(self, method: str, request: Any, timeout_s: float) -> tuple[Any, Origin]:
         call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=request_id.to_metadata())

@@ -201,5 +201,11 @@ class ReplicaSet:
         return CorruptReply(f"{self.name} gave a reply that cannot be right: {error}")
 
     def _pick(self, tried: Counter[str], at: Replica | None = None) -> Replica | None:
-        left = [one for one in self.live if tried[one.address] < one.attempts and (at is None or one is at)]
+        left = [
+            one
+            for one in self.replicas
+            if one.state is State.LIVE and tried[one.address] < one.attempts and (at is None or one is at)
+        ]
+        if len(left) == 1:
+            return left[0]
         return min(left, key=lambda one: (tried[one.address], one.calls_under_way, one.last_turn), default=None)

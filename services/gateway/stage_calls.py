@@ -188,7 +188,7 @@ class StageCalls:
         self, service: ReplicaSet, layer: int, work: list[tuple[int, slice]], rows_ND: Rows, out_ND: Rows
     ) -> None:
         experts = [expert for expert, _ in work]
-        sent_ND = np.concatenate([rows_ND[rows] for _, rows in work])
+        sent_ND = rows_ND[work[0][1]] if len(work) == 1 else np.concatenate([rows_ND[rows] for _, rows in work])
         digests = [self._mesh.expert_digest(layer, expert) for expert in experts]
 
         def read(reply: ApplyResponse, origin: Origin) -> Rows:

@@ -106,8 +106,8 @@ class LinkChannel:
     ) -> Call:
         """One method, as stubs ask a channel for it."""
 
-        async def call(request: Any, timeout_s: float) -> Any:
-            return await self._call(method, request_serializer(request), response_deserializer, timeout_s)
+        def call(request: Any, timeout_s: float) -> Any:
+            return self._call(method, request_serializer(request), response_deserializer, timeout_s)
 
         return call
 
