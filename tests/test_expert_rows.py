@@ -47,7 +47,7 @@ async def test_rows_come_back_as_they_came(expert: tuple[Any, ExpertServicer, to
     array = rows(name)
     reply = await stub.Apply(asked(array))
     with torch.inference_mode():
-        computed = servicer.pair2expert[1, 3](to_torch(array, CPU).to(dtype))
+        computed = servicer.bank.pair2expert[1, 3](to_torch(array, CPU).to(dtype))
     given = wire.decode_rows(reply.rows, array.shape, "rows")
     assert given.dtype == wire.ROW_DTYPES[name]
     assert wire.widen(given).tobytes() == computed.to(TORCH[name]).float().numpy().tobytes()

@@ -33,6 +33,7 @@ class Options:
         inspect: Whether gateway and full model offer InspectionService.
         faults: Whether experts offer faults on demand.
         full_model: Whether there is a full model to fall back on.
+        simulate: By service name or kind, how long its device takes, for benchmarks: `STEP_MS` or `STEP_MS+ROW_US`.
     """
 
     grpc: str = "127.0.0.1:0"
@@ -43,6 +44,7 @@ class Options:
     inspect: bool = False
     faults: bool = False
     full_model: bool = True
+    simulate: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,9 @@ def _process(
         arguments += [f"--mesh={folder / MESH_FILE}", f"--http={service.http}", f"--settle-s={START_TIMEOUT_S}"]
     else:
         arguments += [f"--model={mesh_file.model}", "--metrics=127.0.0.1:0", f"--device={device}"]
+    if simulated := options.simulate.get(service.name, options.simulate.get(service.kind)):
+        step_ms, _, row_us = simulated.partition("+")
+        arguments += [f"--simulate-step-ms={step_ms}", f"--simulate-row-us={row_us or 0}"]
     if service.kind == "expert":
         arguments += [f"--experts={','.join(service.experts)}", f"--faults={options.faults}"]
     if service.kind == "full_model":
@@ -158,7 +163,7 @@ def _process(
 
 def _check_names(services: list[Service], options: Options) -> None:
     known = {service.name for service in services} | set(KINDS)
-    for name in (*options.replicas, *options.devices):
+    for name in (*options.replicas, *options.devices, *options.simulate):
         if name not in known:
             raise SetupError(f"this mesh has no service {name!r}; it has: {', '.join(s.name for s in services)}")
     for name in options.devices:

@@ -55,10 +55,14 @@ class ModelSettings(Settings):
     model: Path = setting("folder of the split model", Path("models/agnews"))
     device: str = setting("device to compute on: cpu, cuda or cuda:N", "cpu")
     threads: int = setting("threads to compute with on cpu", 1)
+    simulate_step_ms: float = setting("for benchmarks: milliseconds that every piece of work takes at least", 0.0)
+    simulate_row_us: float = setting("for benchmarks: microseconds more for every token row in it", 0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(1 <= self.threads <= 1024, "threads must be in [1, 1024]")
+        check(0 <= self.simulate_step_ms <= 60_000, "simulate_step_ms must be in [0, 60000]")
+        check(0 <= self.simulate_row_us <= 60_000_000, "simulate_row_us must be in [0, 60000000]")
 
 
 @dataclass(frozen=True)

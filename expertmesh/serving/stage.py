@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy.typing as npt
@@ -20,7 +18,7 @@ from expertmesh.model.fingerprint import Profile, take_profile
 from expertmesh.model.sequences import Sequences
 from expertmesh.model.spec import ModelSpec
 from expertmesh.rpc.settings import ModelSettings
-from expertmesh.telemetry import metrics
+from expertmesh.serving.turns import SimulatedTime, Turns
 from expertmesh.v1.description_pb2 import DescribeResponse, Part
 
 ResultT = TypeVar("ResultT")
@@ -32,17 +30,22 @@ class Stage:
     Args:
         kind: What kind of service this is.
         settings: Model folder, device and threads.
+        together_rows: Most token rows of several calls that run together.
+
+    Attributes:
+        turns: The device's queue.
 
     Raises:
         SetupError: The device is not there, or the model folder is missing or damaged.
     """
 
-    def __init__(self, kind: str, settings: ModelSettings) -> None:
+    def __init__(self, kind: str, settings: ModelSettings, together_rows: int = 1024) -> None:
         self.kind = kind
         self.device = open_device(settings.device, settings.threads)
         self.loader = StageLoader(Path(settings.model), self.device)
         self.profile: Profile = take_profile(self.spec, self.device)
-        self._turn = asyncio.Lock()
+        simulated = SimulatedTime(settings.simulate_step_ms / 1e3, settings.simulate_row_us / 1e6)
+        self.turns = Turns(kind, simulated, together_rows)
 
     @property
     def spec(self) -> ModelSpec:
@@ -63,22 +66,8 @@ class Stage:
         )
 
     async def compute(self, rows: int, work: Callable[[], ResultT]) -> ResultT:
-        """Runs work when it is its turn; inside the event loop, since a thread costs more than it gives here.
-
-        Args:
-            rows: Token rows of the work, for the metrics.
-            work: Computes; it must not need gradients.
-        """
-        arrived_s = perf_counter()
-        async with self._turn:
-            await asyncio.sleep(0)  # lets calls that have arrived meanwhile take their place in the queue
-            started_s = perf_counter()
-            with torch.inference_mode():
-                result = work()
-            metrics.QUEUE_SECONDS.labels(self.kind).observe(started_s - arrived_s)
-            metrics.COMPUTE_SECONDS.labels(self.kind).observe(perf_counter() - started_s)
-            metrics.TOKENS.labels(self.kind).inc(rows)
-        return result
+        """Runs work when it is its turn; see `Turns.run`."""
+        return await self.turns.run(rows, work)
 
     def warm_up(self, work: Callable[[], object]) -> None:
         """Runs work once before the first call, so that no caller waits for what only the first run does."""

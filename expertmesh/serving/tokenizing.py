@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from time import perf_counter
 from types import TracebackType
+from typing import TypeVar
 
 import grpc.aio
 import numpy as np
@@ -35,6 +38,9 @@ MAX_SEQUENCES = 1024
 MAX_PROMPT_BYTES = 2**20
 PROMPT_BYTES_PER_TOKEN = 32
 SPARE_PROMPT_BYTES = 1024
+LONG_CHARACTERS = 16_384  # take longer than a few milliseconds, in which nobody else would be answered
+
+ResultT = TypeVar("ResultT")
 
 
 class TokenizerServicer(TokenizerServiceServicer):
@@ -48,6 +54,7 @@ class TokenizerServicer(TokenizerServiceServicer):
     def __init__(self, tokenizer: Tokenizer | LanguageTokenizer, spec: ModelSpec) -> None:
         self._tokenizer = tokenizer
         self._context = spec.context
+        self._work = metrics.Work("tokenizer")
         is_language = isinstance(tokenizer, LanguageTokenizer)
         self._vocab = spec.embedding.vocab if is_language else tokenizer.vocab
         self._template: ChatTemplate | None = None
@@ -73,9 +80,10 @@ class TokenizerServicer(TokenizerServiceServicer):
         check_texts(request.texts)
         if not 0 <= request.max_tokens <= self._context:
             raise InvalidInput(f"max_tokens must be in [0, {self._context}]", "max_tokens")
-        with metrics.COMPUTE_SECONDS.labels("tokenizer").time():
-            encoded = await asyncio.to_thread(tokenizer.encode, request.texts, request.max_tokens or self._context)
-        metrics.TOKENS.labels("tokenizer").inc(len(encoded.ids_T))
+        characters, context = sum(map(len, request.texts)), request.max_tokens or self._context
+        started_s = perf_counter()
+        encoded = await _off_loop_if_long(characters, lambda: tokenizer.encode(request.texts, context))
+        self._work.done(len(encoded.ids_T), perf_counter() - started_s)
         return EncodeResponse(
             ids=wire.encode(encoded.ids_T),
             lengths=wire.encode(encoded.lengths_B),
@@ -90,13 +98,13 @@ class TokenizerServicer(TokenizerServiceServicer):
         is_chat = request.WhichOneof("prompt") == "chat"
         text = await self._render(request.chat) if is_chat else request.text
         self._check_prompt(text)
-        with metrics.COMPUTE_SECONDS.labels("tokenizer").time():
-            ids = await asyncio.to_thread(tokenizer.encode, text, not is_chat)
+        started_s = perf_counter()
+        ids = await _off_loop_if_long(len(text), lambda: tokenizer.encode(text, not is_chat))
+        self._work.done(len(ids), perf_counter() - started_s)
         if not ids:
             raise InvalidInput("the prompt has no tokens", "prompt")
         if len(ids) > self._context:
             raise InvalidInput(f"the prompt has {len(ids)} tokens; the context has {self._context}", "prompt")
-        metrics.TOKENS.labels("tokenizer").inc(len(ids))
         return EncodePromptResponse(ids=wire.encode(np.array(ids, np.int32)))
 
     async def Decode(self, request: DecodeRequest, context: grpc.aio.ServicerContext) -> DecodeResponse:
@@ -153,3 +161,8 @@ class TokenizerServicer(TokenizerServiceServicer):
             raise InvalidInput(f"{len(ids_T)} ids; at most {MAX_DECODED_TOKENS} in one call", "ids")
         if ids_T.min() < 0 or ids_T.max() >= self._vocab:
             raise InvalidInput(f"every id must be in [0, {self._vocab})", "ids")
+
+
+async def _off_loop_if_long(characters: int, work: Callable[[], ResultT]) -> ResultT:
+    """Runs work in a thread if it takes long; a thread costs more than short work."""
+    return await asyncio.to_thread(work) if characters > LONG_CHARACTERS else work()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from threading import Thread
@@ -19,6 +21,8 @@ QUEUE_SECONDS = Histogram(
     "expertmesh_queue_seconds", "From arrival to the start of computing.", ["stage"], buckets=SECONDS
 )
 COMPUTE_SECONDS = Histogram("expertmesh_compute_seconds", "Computing of one call or pass.", ["stage"], buckets=SECONDS)
+BUSY_SECONDS = Counter("expertmesh_busy_seconds", "Time in which the device was at work.", ["stage"])
+BUSY_SHARE = Gauge("expertmesh_busy_share", "Share of the last ten seconds in which the device was at work.", ["stage"])
 TOKENS = Counter("expertmesh_tokens", "Token rows computed.", ["stage"])
 EXPERT_TOKENS = Counter("expertmesh_expert_tokens", "Token rows computed by an expert.", ["layer", "expert"])
 TEXTS = Counter("expertmesh_texts", "Texts answered, by the route that served them.", ["route"])
@@ -41,6 +45,48 @@ STEP_ROWS = Histogram(
 )
 REPLICA_EVENTS = Counter("expertmesh_replica_events", "What happened to replicas.", ["service", "event"])
 REPLICAS_LIVE = Gauge("expertmesh_replicas_live", "Replicas that are verified and answer.", ["service"])
+
+
+class Work:
+    """What a device has done, as metrics.
+
+    Args:
+        stage: Whose device it is.
+        clock: Tells the time, in seconds.
+    """
+
+    WINDOW_S = 10
+
+    def __init__(self, stage: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._compute_seconds, self._busy_seconds = COMPUTE_SECONDS.labels(stage), BUSY_SECONDS.labels(stage)
+        self._tokens = TOKENS.labels(stage)
+        self._clock = clock
+        self._second2busy_s: dict[int, float] = {}
+        BUSY_SHARE.labels(stage).set_function(self.share)
+
+    def done(self, rows: int, seconds: float) -> None:
+        """Takes down a piece of work that has just ended."""
+        self._compute_seconds.observe(seconds)
+        self._busy_seconds.inc(seconds)
+        self._tokens.inc(rows)
+        ended_s = self._clock()
+        for second in range(max(int(ended_s - seconds), int(ended_s) - self.WINDOW_S), int(ended_s) + 1):
+            inside_s = min(ended_s, second + 1) - max(ended_s - seconds, second)
+            self._second2busy_s[second] = self._second2busy_s.get(second, 0.0) + inside_s
+        if len(self._second2busy_s) > 2 * self.WINDOW_S:
+            self._forget(int(ended_s))
+
+    def share(self) -> float:
+        """Share of the last whole seconds of `WINDOW_S` in which it was at work."""
+        now = int(self._clock())
+        busy_s = sum(
+            busy_s for second, busy_s in list(self._second2busy_s.items()) if now - self.WINDOW_S <= second < now
+        )
+        return min(1.0, busy_s / self.WINDOW_S)
+
+    def _forget(self, now: int) -> None:
+        for second in [second for second in self._second2busy_s if second < now - self.WINDOW_S]:
+            del self._second2busy_s[second]
 
 
 def exposition() -> bytes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from expertmesh.mesh_file import parse_experts
 from expertmesh.rpc.server import Program, Servicer, main_guard, run
-from expertmesh.rpc.settings import ModelSettings, read_settings, setting
+from expertmesh.rpc.settings import ModelSettings, check, read_settings, setting
 from expertmesh.serving.stage import Stage
 from expertmesh.telemetry.tracing import Tracing
 from expertmesh.v1.expert_pb2_grpc import add_ExpertServiceServicer_to_server
@@ -20,12 +20,17 @@ class ExpertSettings(ModelSettings):
     """What an expert service can be told."""
 
     experts: str = setting("what it holds: LAYER:EXPERT, with * for every one, comma-separated", "*:*")
+    together_rows: int = setting("most rows that become one product when several calls wait for the same expert", 1024)
     faults: bool = setting("offer faults on demand, for tests only", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.together_rows >= 1, "together_rows must be at least 1")
 
 
 def load(settings: ExpertSettings, tracing: Tracing) -> Program:
     """Loads the experts and warms them up."""
-    stage = Stage("expert", settings)
+    stage = Stage("expert", settings, settings.together_rows)
     spec = stage.spec
     pairs = parse_experts(settings.experts.split(","), spec.sparse_layers, spec.router.experts)
     servicer = ExpertServicer(stage, pairs)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import grpc.aio
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from expertmesh import wire
 from expertmesh.checkpoint.manifest import expert_part
 from expertmesh.errors import InvalidInput, WrongPart
-from expertmesh.model.arrays import to_numpy
-from expertmesh.model.layers import DTYPES, GatedMLP
 from expertmesh.serving.stage import Stage
 from expertmesh.telemetry import metrics
 from expertmesh.v1.expert_pb2 import ApplyRequest, ApplyResponse
 from expertmesh.v1.expert_pb2_grpc import ExpertServiceServicer
 from expertmesh.v1.fault_pb2 import ChangeWeightRequest, ChangeWeightResponse
 from expertmesh.v1.fault_pb2_grpc import FaultServiceServicer
+
+from .bank import Bank, Rows
 
 
 class ExpertServicer(ExpertServiceServicer):
@@ -30,43 +28,35 @@ class ExpertServicer(ExpertServiceServicer):
 
     def __init__(self, stage: Stage, pairs: list[tuple[int, int]]) -> None:
         self._stage = stage
-        self.pair2expert: dict[tuple[int, int], GatedMLP] = {pair: stage.loader.expert(*pair) for pair in pairs}
-        rows_ND = np.zeros((8, stage.spec.width), np.float32)
-        stage.warm_up(lambda: self._apply([self.pair2expert[pairs[0]]], [8], rows_ND))
+        self.bank = Bank(stage, pairs)
+        layer, expert = pairs[0]
+        warm_up = Rows([expert], [8], np.zeros((8, stage.spec.width), np.float32))
+        stage.warm_up(lambda: self.bank.apply(layer, [warm_up]))
+        self._digests = {pair: stage.loader.manifest.parts[expert_part(*pair)].digest for pair in pairs}
+        self._tokens = {pair: metrics.EXPERT_TOKENS.labels(*pair) for pair in pairs}
 
     async def Apply(self, request: ApplyRequest, context: grpc.aio.ServicerContext) -> ApplyResponse:
-        """Applies experts of one layer, each to its rows."""
-        counts = list(request.counts)
-        experts = self._experts_of(request)
-        rows_ND = wire.decode_rows(request.rows, (sum(counts), self._stage.spec.width), "rows")
-        out_ND = await self._stage.compute(len(rows_ND), lambda: self._apply(experts, counts, rows_ND))
-        for expert, count in zip(request.experts, counts, strict=True):
-            metrics.EXPERT_TOKENS.labels(request.layer, expert).inc(count)
-        return ApplyResponse(
-            layer=request.layer,
-            experts=request.experts,
-            digests=[self._digest(request.layer, expert) for expert in request.experts],
-            rows=wire.encode(out_ND),
+        """Applies experts of one layer, each to its rows; calls that wait for one layer become one product."""
+        rows = self._checked(request)
+        layer, key = request.layer, (request.layer, rows.rows_ND.dtype)
+        out_ND = await self._stage.turns.run_together(
+            key, len(rows.rows_ND), rows, lambda calls: self.bank.apply(layer, calls)
         )
+        for expert, count in zip(rows.experts, rows.counts, strict=True):
+            self._tokens[layer, expert].inc(count)
+        digests = [self._digests[layer, expert] for expert in rows.experts]
+        return ApplyResponse(layer=layer, experts=rows.experts, digests=digests, rows=wire.encode(out_ND))
 
-    def _experts_of(self, request: ApplyRequest) -> list[GatedMLP]:
-        ids = list(request.experts)
+    def _checked(self, request: ApplyRequest) -> Rows:
+        ids, counts = list(request.experts), list(request.counts)
         if not ids or ids != sorted(set(ids)):
             raise InvalidInput("experts must ascend, each at most once, at least one", "experts")
-        if len(request.counts) != len(ids) or min(request.counts) < 1:
+        if len(counts) != len(ids) or min(counts) < 1:
             raise InvalidInput("counts needs one number for each expert, each at least 1", "counts")
         for expert in ids:
-            if (request.layer, expert) not in self.pair2expert:
+            if (request.layer, expert) not in self.bank.pair2expert:
                 raise WrongPart(f"this service does not hold expert {expert} of layer {request.layer}")
-        return [self.pair2expert[request.layer, expert] for expert in ids]
-
-    def _apply(self, experts: list[GatedMLP], counts: list[int], rows_ND: npt.NDArray) -> npt.NDArray:  # type: ignore[type-arg]
-        pieces = torch.split(self._stage.tensor(rows_ND).to(DTYPES[self._stage.spec.dtype]), counts)
-        out_ND = to_numpy(torch.cat([expert(piece) for expert, piece in zip(experts, pieces, strict=True)]))
-        return wire.narrow(out_ND, rows_ND.dtype)
-
-    def _digest(self, layer: int, expert: int) -> bytes:
-        return self._stage.loader.manifest.parts[expert_part(layer, expert)].digest
+        return Rows(ids, counts, wire.decode_rows(request.rows, (sum(counts), self._stage.spec.width), "rows"))
 
 
 class FaultServicer(FaultServiceServicer):
@@ -79,7 +69,7 @@ class FaultServicer(FaultServiceServicer):
         self, request: ChangeWeightRequest, context: grpc.aio.ServicerContext
     ) -> ChangeWeightResponse:
         """Changes one weight in memory."""
-        expert = self._experts.pair2expert.get((request.layer, request.expert))
+        expert = self._experts.bank.pair2expert.get((request.layer, request.expert))
         if expert is None:
             raise WrongPart(f"this service does not hold expert {request.expert} of layer {request.layer}")
         weight = expert.down.weight.data.view(-1)

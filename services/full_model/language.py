@@ -50,6 +50,7 @@ class LocalHome:
 
     def __init__(self, stage: Stage, leases: Leases) -> None:
         self._stage = stage
+        self._work = metrics.Work("full_model")
         self._leases = leases
         self._model = stage.loader.full_model()
         self._head = cast(LanguageHead, self._model.classifier)
@@ -99,8 +100,7 @@ class LocalHome:
             x_TD = self._model.rows(self._ids(ids_T), self._leases.rows(places))
             if draws:
                 tokens = sample(self._head(x_TD[lasts]), draws)
-        metrics.COMPUTE_SECONDS.labels("full_model").observe(perf_counter() - started_s)
-        metrics.TOKENS.labels("full_model").inc(len(ids_T))
+        self._work.done(len(ids_T), perf_counter() - started_s)
         return [encode_token(token) for token in tokens]
 
     def _observed(self, sequence: bytes, ids: Sequence[int], chunk: int, observe: Observer) -> None:

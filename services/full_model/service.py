@@ -40,6 +40,7 @@ class LocalClassifier:
 
     def __init__(self, stage: Stage, limits: Limits) -> None:
         self._stage = stage
+        self._work = metrics.Work("full_model")
         self._model = stage.loader.full_model()
         self._tokenizer = load_classifier_tokenizer(stage.loader.folder, stage.loader.manifest)
         threads = torch.get_num_threads()
@@ -80,8 +81,7 @@ class LocalClassifier:
         with stopwatch.time("full_model"):
             encoded = self._tokenizer.encode(texts, self._stage.spec.context)
             scores, expert_tokens = self._scores(encoded, observe)
-        metrics.COMPUTE_SECONDS.labels("full_model").observe(perf_counter() - started_s)
-        metrics.TOKENS.labels("full_model").inc(len(encoded.ids_T))
+        self._work.done(len(encoded.ids_T), perf_counter() - started_s)
         profile = self._stage.profile.name
         provenance = Provenance(ROUTE_FULL_MODEL, are_exact({profile}), profile)
         return to_answers(self._stage.spec, encoded, scores, expert_tokens, provenance, stopwatch)
