@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 2**26
 STOP_TIMEOUT_S = 20.0
+LAST_WORDS_BYTES = 2000
 
 
 class Child:
@@ -50,11 +52,18 @@ class Child:
         """Starts it, and waits until it is ready.
 
         Raises:
-            RuntimeError: It ended; it has said why on stderr.
+            RuntimeError: It ended; tells its last words.
         """
         pipe = asyncio.subprocess.PIPE
+        self._words = tempfile.TemporaryFile()
         self._process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=pipe, stdout=pipe, env=self._environment, cwd=ROOT, limit=MOST_BYTES
+            *self._command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=self._words,
+            env=self._environment,
+            cwd=ROOT,
+            limit=MOST_BYTES,
         )
         await self._answer()
         return self
@@ -72,12 +81,13 @@ class Child:
         except TimeoutError:
             self._signal(signal.SIGKILL)
             await self._process.wait()
+        self._words.close()
 
     async def ask(self, **question: Any) -> Any:
         """Gives what it answers to a question.
 
         Raises:
-            RuntimeError: It ended; it has said why on stderr.
+            RuntimeError: It ended; tells its last words.
         """
         self._signal(signal.SIGCONT)
         assert self._process.stdin is not None
@@ -88,7 +98,9 @@ class Child:
         assert self._process.stdout is not None
         line = await self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{' '.join(self._command)} ended")
+            self._words.seek(0)
+            last = self._words.read()[-LAST_WORDS_BYTES:].decode(errors="replace")
+            raise RuntimeError(f"{' '.join(self._command)} ended: {last}")
         if self._held:
             self._signal(signal.SIGSTOP)
         return json.loads(line)

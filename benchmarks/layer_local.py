@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.child import serve
 from benchmarks.layer_case import EXPERTS, make_case
+from benchmarks.rounds import median_ms_of
 from expertmesh.checkpoint.load import StageLoader
 from expertmesh.dispatch import combine, plan_dispatch
 from expertmesh.model.layers import GatedMLP
@@ -69,13 +68,7 @@ def main(model: str, threads: str) -> None:
         with torch.inference_mode():
             if not seconds:
                 return layers[layer](x_TD, ids_TK, weights_TK).tolist()
-            took_ms: list[float] = []
-            started_s = time.perf_counter()
-            while len(took_ms) < 5 or time.perf_counter() - started_s < seconds:
-                sent_s = time.perf_counter()
-                layers[layer](x_TD, ids_TK, weights_TK)
-                took_ms.append((time.perf_counter() - sent_s) * 1e3)
-        return statistics.median(took_ms)
+            return median_ms_of(lambda: layers[layer](x_TD, ids_TK, weights_TK), seconds)
 
     serve(answer)
 

@@ -38,6 +38,17 @@ async def median_ms(call: Callable[[], Awaitable[object]], seconds: float, least
     return statistics.median(took_ms)
 
 
+def median_ms_of(call: Callable[[], object], seconds: float, least_calls: int = 5) -> float:
+    """The same of a call that blocks."""
+    took_ms: list[float] = []
+    started_s = time.perf_counter()
+    while len(took_ms) < least_calls or time.perf_counter() - started_s < seconds:
+        sent_s = time.perf_counter()
+        call()
+        took_ms.append((time.perf_counter() - sent_s) * 1e3)
+    return statistics.median(took_ms)
+
+
 def faster(figures: Figures, first: str, *others: str) -> str:
     """The contender with the least median."""
     return min((first, *others), key=lambda name: statistics.median(figures[name]))
