@@ -1,11 +1,12 @@
 """Models with random weights, made in a process of its own, so that a benchmark's own process need not hold torch.
 
-    python -m benchmarks.models layer FOLDER
+    python -m benchmarks.models NAME FOLDER
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from benchmarks.layer_case import EXPERT_WIDTH, EXPERTS, TOP_K, WIDTH
 from expertmesh.model.spec import AttentionSpec, EmbeddingSpec, ExpertSpec, HeadSpec, ModelSpec, RouterSpec
 
 HEADLINES = ROOT / "examples" / "headlines.txt"
+MIXTRAL_VOCAB, MIXTRAL_LAYERS = 4096, 6
 LAYER = ModelSpec(
     width=WIDTH,
     layers=1,
@@ -34,8 +36,9 @@ LAYER = ModelSpec(
 @contextmanager
 def random_model(name: str) -> Iterator[Path]:
     """The folder of a split model, which goes away again; beside it the folder `source` that it was split from."""
+    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        subprocess.run([sys.executable, "-m", __name__, name, folder], check=True, cwd=ROOT)
+        subprocess.run([sys.executable, "-m", __name__, name, folder], check=True, cwd=ROOT, env=environment)
         yield Path(folder) / "split"
 
 
@@ -63,7 +66,37 @@ def classifier(spec: ModelSpec) -> Callable[[Path], None]:
     return write
 
 
-WRITERS = {"layer": classifier(LAYER)}
+def mixtral(folder: Path) -> None:
+    """Writes a checkpoint of transformers' own Mixtral: hidden 512, 6 layers, 8 experts of width 1024, top-2, fp32."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*letters, *(first + second for first in letters for second in letters)][:MIXTRAL_VOCAB]
+    tokenizer = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = MixtralConfig(
+        vocab_size=MIXTRAL_VOCAB,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=MIXTRAL_LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        sliding_window=None,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(1)
+    MixtralForCausalLM(config).save_pretrained(folder)
+
+
+WRITERS = {"layer": classifier(LAYER), "mixtral": mixtral}
 
 
 def main(name: str, folder: str) -> None:
