@@ -16,12 +16,12 @@ import grpc.aio
 from expertmesh.client import Client
 from expertmesh.mesh_file import MeshFile, Service
 from expertmesh.rpc.channel import SERVER_OPTIONS, message_limits
+from expertmesh.rpc.guard import Guard
 from expertmesh.rpc.interceptor import CallInterceptor
-from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.server import DescriptionServicer, Program
+from expertmesh.rpc.link_servicer import LinkServicer
+from expertmesh.rpc.server import Program, register
 from expertmesh.rpc.settings import read_settings
 from expertmesh.telemetry.tracing import OFF
-from expertmesh.v1.description_pb2_grpc import add_DescriptionServiceServicer_to_server
 from tests import tiny
 from tests.generating import model
 
@@ -105,17 +105,16 @@ def _load(kind: str, *arguments: str) -> Program:
 
 @asynccontextmanager
 async def _served(program: Program, address: str, max_message_bytes: int) -> AsyncIterator[None]:
-    calls = CallInterceptor()
-    calls.origin = Origin.of_description(program.description).to_metadata()
+    guard = Guard()
     options = (*SERVER_OPTIONS, *message_limits(max_message_bytes))
-    server = grpc.aio.server(interceptors=[calls], options=options)
-    for servicer in program.servicers:
-        servicer.add(servicer.implementation, server)
-    add_DescriptionServiceServicer_to_server(DescriptionServicer(program.description), server)
+    server = grpc.aio.server(interceptors=[CallInterceptor(guard)], options=options)
+    link = LinkServicer(guard, max_message_bytes=max_message_bytes)
+    register(server, program, guard, link)
     server.add_insecure_port(address)
     async with AsyncExitStack() as stack:
         if program.lifespan is not None:
             await stack.enter_async_context(program.lifespan)
         await server.start()
         stack.push_async_callback(server.stop, None)
+        stack.callback(link.drain)
         yield

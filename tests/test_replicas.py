@@ -323,7 +323,7 @@ async def test_nothing_is_left_behind() -> None:
 
 def test_a_name_with_several_processes_behind_it_may_be_tried_again() -> None:
     def replica(address: str) -> Replica:
-        return Replica("expert", address, None, None, print, print)
+        return Replica("expert", address, None, lambda channel: None, None, print, print)
 
     assert replica("dns:///expert:50051").attempts == module.ATTEMPTS_BEHIND_ONE_NAME > 1
     assert replica("127.0.0.1:50051").attempts == 1

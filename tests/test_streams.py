@@ -21,6 +21,7 @@ from expertmesh.errors import (
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.errors import error_info
+from expertmesh.rpc.guard import Guard
 from expertmesh.rpc.interceptor import CallInterceptor
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replica import State
@@ -88,9 +89,9 @@ def raising(error: BaseException) -> Callable[[Any], Any]:
 @asynccontextmanager
 async def served(talker: Talker, digest: str = DIGEST) -> AsyncIterator[str]:
     """Behind the product's interceptor."""
-    calls = CallInterceptor()
-    calls.origin = Origin(digest, "cpu").to_metadata()
-    server = grpc.aio.server(interceptors=[calls], options=(("grpc.so_reuseport", 0),))
+    guard = Guard()
+    guard.origin = Origin(digest, "cpu").to_metadata()
+    server = grpc.aio.server(interceptors=[CallInterceptor(guard)], options=(("grpc.so_reuseport", 0),))
     add_InferenceServiceServicer_to_server(talker, server)
     add_DescriptionServiceServicer_to_server(talker, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -25,6 +25,8 @@ _CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.NotFinite: grpc.StatusCode.DATA_LOSS,
 }
 
+STATUSES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
 
 def code_of(error: errors.MeshError) -> grpc.StatusCode:
     """The status of an error."""

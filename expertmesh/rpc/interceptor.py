@@ -1,28 +1,21 @@
-"""What happens around every call: parsing, timing, counting, and turning errors into statuses.
-
-A caller never sees exception text: errors of our tree become their status, anything else INTERNAL with an id that
-the log knows too.
-"""
+"""Puts the `Guard` around every call that comes by itself: unary methods, and our own with a stream of replies."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from expertmesh.errors import DeadlineExceeded, InvalidInput, MeshError
+from expertmesh.errors import InvalidInput
 from expertmesh.rpc import request_id
-from expertmesh.rpc.errors import DETAILS_KEY, code_of, details_of, text_of
-from expertmesh.telemetry import metrics
-from expertmesh.telemetry.logging import event
+from expertmesh.rpc.errors import DETAILS_KEY
+from expertmesh.rpc.guard import Failure, Guard, failure_of
 
 OURS = "/expertmesh."
 
@@ -30,12 +23,12 @@ OURS = "/expertmesh."
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every unary method and our own streams of replies. Those of health and reflection pass through untouched.
 
-    Attributes:
-        origin: Trailing metadata of every reply, of a stream initial metadata, which says what process gave it.
+    Args:
+        guard: What stands around every call. Its origin is trailing metadata of every reply, of a stream initial.
     """
 
-    def __init__(self) -> None:
-        self.origin: tuple[tuple[str, str], ...] = ()
+    def __init__(self, guard: Guard | None = None) -> None:
+        self._guard = guard or Guard()
 
     async def intercept_service(
         self,
@@ -52,68 +45,59 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._stream(method, handler) if method.startswith(OURS) else handler
 
     def _unary(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        async def work(data: bytes, context: grpc.aio.ServicerContext) -> Any:
+            return await handler.unary_unary(parsed(data, handler.request_deserializer), context)
+
         async def guarded(data: bytes, context: grpc.aio.ServicerContext) -> Any:
-            async with self._around(method, context):
-                reply = await handler.unary_unary(_parsed(data, handler.request_deserializer), context)
-                if self.origin:
-                    context.set_trailing_metadata(self.origin)
-                return reply
+            request_id.enter(context.invocation_metadata() or ())
+            outcome = await self._guard.run(method, work(data, context))
+            if isinstance(outcome, Failure):
+                await _abort(context, outcome)
+            if self._guard.origin:
+                context.set_trailing_metadata(self._guard.origin)
+            return outcome
 
         return grpc.unary_unary_rpc_method_handler(guarded, None, handler.response_serializer)
 
     def _stream(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         async def guarded(data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            async with self._around(method, context):
-                if self.origin:
-                    await context.send_initial_metadata(self.origin)  # with a stream it is needed before the end
-                request = _parsed(data, handler.request_deserializer)
+            started_s = time.monotonic()
+            code = grpc.StatusCode.OK
+            request_id.enter(context.invocation_metadata() or ())
+            try:
+                if self._guard.origin:
+                    await context.send_initial_metadata(self._guard.origin)  # it is needed before the end
+                request = parsed(data, handler.request_deserializer)
                 async with aclosing(handler.unary_stream(request, context)) as replies:
                     async for reply in replies:
                         yield reply
+            except (asyncio.CancelledError, GeneratorExit):
+                code = grpc.StatusCode.CANCELLED
+                raise
+            except grpc.aio.AbortError:
+                code = context.code() or grpc.StatusCode.UNKNOWN
+                raise
+            except Exception as error:
+                failure = failure_of(method, error)
+                code = failure.code
+                await _abort(context, failure)
+            finally:
+                self._guard.count(method, code, started_s)
 
         return grpc.unary_stream_rpc_method_handler(guarded, None, handler.response_serializer)
 
-    @asynccontextmanager
-    async def _around(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-        """Times and counts a call, and turns what it raises into its status."""
-        started_s = time.monotonic()
-        code = grpc.StatusCode.OK
-        id_of_request = request_id.enter(context.invocation_metadata() or ())
-        try:
-            yield
-        except MeshError as error:
-            code = code_of(error)
-            if code is grpc.StatusCode.INTERNAL:  # one that does not belong on the wire
-                await _abort_internal(method, context)
-            await context.abort(code, text_of(error), ((DETAILS_KEY, details_of(error)),))
-        except grpc.aio.AbortError:
-            code = context.code() or grpc.StatusCode.UNKNOWN
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            code = grpc.StatusCode.CANCELLED
-            raise
-        except TimeoutError:
-            code = grpc.StatusCode.DEADLINE_EXCEEDED
-            late = DeadlineExceeded("the deadline has passed")
-            await context.abort(code, str(late), ((DETAILS_KEY, details_of(late)),))
-        except Exception:
-            code = grpc.StatusCode.INTERNAL
-            await _abort_internal(method, context)
-        finally:
-            metrics.RPCS.labels(method, code.name).inc()
-            took_s = time.monotonic() - started_s
-            metrics.RPC_SECONDS.labels(method).observe(took_s)
-            event("call", level=logging.DEBUG, method=method, code=code.name, seconds=took_s, request=id_of_request)
+
+async def _abort(context: grpc.aio.ServicerContext, failure: Failure) -> None:
+    details = ((DETAILS_KEY, failure.details),) if failure.details else ()
+    await context.abort(failure.code, failure.text, details)
 
 
-async def _abort_internal(method: str, context: grpc.aio.ServicerContext) -> None:
-    """Ends a call with an id in place of the exception that is being handled; the log has both."""
-    error_id = secrets.token_hex(8)
-    event("internal_error", level=logging.ERROR, exc_info=True, method=method, error_id=error_id)
-    await context.abort(grpc.StatusCode.INTERNAL, f"internal error {error_id}")
+def parsed(data: bytes, parse: Callable[[bytes], Any]) -> Any:
+    """A request from its bytes.
 
-
-def _parsed(data: bytes, parse: Callable[[bytes], Any]) -> Any:
+    Raises:
+        InvalidInput: They are no such message.
+    """
     try:
         return parse(data)
     except (DecodeError, UnicodeDecodeError, ValueError):

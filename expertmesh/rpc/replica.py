@@ -26,6 +26,7 @@ from expertmesh.errors import (
 )
 from expertmesh.rpc import request_id
 from expertmesh.rpc.errors import from_call
+from expertmesh.rpc.link import Link
 from expertmesh.rpc.origin import Origin
 from expertmesh.v1.description_pb2 import DescribeRequest, DescribeResponse
 from expertmesh.v1.description_pb2_grpc import DescriptionServiceStub
@@ -72,7 +73,8 @@ class Replica:
         service: Name of the service.
         address: Where it is.
         channel: A channel to it.
-        stub: The generated stub of its gRPC service.
+        stub: Makes the generated stub of its gRPC service for a channel.
+        link: What takes the place of the channel for the unary calls of a process that offers it.
         admit: Is shown what it says it holds; raises MeshError to refuse it.
         notify: Is told every event.
     """
@@ -82,7 +84,8 @@ class Replica:
         service: str,
         address: str,
         channel: grpc.aio.Channel,
-        stub: Any,
+        stub: Callable[[Any], Any],
+        link: Link,
         admit: Callable[[DescribeResponse], None],
         notify: Callable[[ReplicaEvent], None],
     ) -> None:
@@ -93,15 +96,17 @@ class Replica:
         self.description = DescribeResponse()
         self.calls_under_way = 0
         self.last_turn = 0
-        self._stub = stub
+        self._stub, self._link_stub = stub(channel), stub(link)
+        self._link = link
         self._admit = admit
         self._notify = notify
         self._left = asyncio.Event()
+        self._is_name = address.startswith("dns:")  # a stream would keep to one of the processes behind it
 
     @property
     def attempts(self) -> int:
         """How often one request may try this address."""
-        return ATTEMPTS_BEHIND_ONE_NAME if self.address.startswith("dns:") else 1
+        return ATTEMPTS_BEHIND_ONE_NAME if self._is_name else 1
 
     async def attempt(
         self, method: str, request: Any, timeout_s: float, read: Callable[[Any, Origin], ReplyT]
@@ -114,7 +119,8 @@ class Replica:
             MeshError: It refused the call.
         """
         self.calls_under_way += 1
-        call = getattr(self._stub, method)(
+        stub = self._link_stub if self.description.links and not self._is_name else self._stub
+        call = getattr(stub, method)(
             request, timeout=min(timeout_s, ATTEMPT_TIMEOUT_S), metadata=request_id.to_metadata()
         )
         try:
@@ -176,6 +182,11 @@ class Replica:
         """Tells an event."""
         self._notify(ReplicaEvent(self.service, self.address, what, reason))
 
+    async def close(self) -> None:
+        """Ends its connection."""
+        await self._link.close()
+        await self.channel.close()
+
     async def follow(self) -> None:
         """Keeps its state up to date until it is cancelled."""
         wait_s = RETRY_FIRST_S
@@ -203,6 +214,10 @@ class Replica:
         try:
             _require_message(description)
             self._admit(description)
+            if description.links and not self._is_name:
+                await self._link.open(DESCRIBE_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return
         except MeshError as error:
             if self.state is not State.REFUSED:
                 self._leave(State.REFUSED, "refused", str(error))
@@ -214,10 +229,12 @@ class Replica:
 
     async def _until_left(self) -> None:
         """Waits until it is taken out of the traffic or its connection is gone."""
-        waits = [
+        waits: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._left.wait()),
             asyncio.create_task(self.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)),
         ]
+        if self.description.links and not self._is_name:
+            waits.append(asyncio.create_task(self._link.ended.wait()))
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -27,6 +27,7 @@ from expertmesh.errors import (
     WrongPart,
 )
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.link import Link
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replica import Replica, ReplicaEvent, State
 from expertmesh.v1.description_pb2 import DescribeResponse
@@ -46,6 +47,7 @@ class ReplicaSet:
         notify: Is told every event.
         refusals_are_faults: Whether a call that is refused is the replica's fault, as it is where requests are made
             by the mesh itself; otherwise it is the caller's.
+        open_link: Makes what unary calls go over, of a channel.
     """
 
     def __init__(
@@ -57,12 +59,13 @@ class ReplicaSet:
         admit: Callable[[DescribeResponse], None],
         notify: Callable[[ReplicaEvent], None],
         refusals_are_faults: bool = False,
+        open_link: Callable[[grpc.aio.Channel], Link] = Link,
     ) -> None:
         self.name = name
         self._refusals_are_faults = refusals_are_faults
         self._turns = count(1)
         self.replicas = [
-            Replica(name, address, channel, stub(channel), admit, notify)
+            Replica(name, address, channel, stub, open_link(channel), admit, notify)
             for address, channel in ((address, open_channel(address)) for address in addresses)
         ]
         self._tasks: list[asyncio.Task[None]] = []
@@ -80,7 +83,7 @@ class ReplicaSet:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for replica in self.replicas:
-            await replica.channel.close()
+            await replica.close()
 
     @property
     def live(self) -> list[Replica]:

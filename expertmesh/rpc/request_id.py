@@ -16,9 +16,19 @@ _WELL_FORMED = re.compile(r"[0-9A-Za-z_-]{1,64}")
 def enter(metadata: Sequence[tuple[str, str | bytes]]) -> str:
     """Takes over the id that a call carries; empty if it carries none, or one that is not well formed."""
     given = next((value for key, value in metadata if key == KEY), "")
-    request_id = given if isinstance(given, str) and _WELL_FORMED.fullmatch(given) else ""
+    return take_over(given if isinstance(given, str) else "")
+
+
+def take_over(given: str) -> str:
+    """Takes over an id; empty if it is not well formed."""
+    request_id = given if _WELL_FORMED.fullmatch(given) else ""
     _CURRENT.set(request_id)
     return request_id
+
+
+def current() -> str:
+    """The id of the request that is being served; empty if it has none."""
+    return _CURRENT.get()
 
 
 def current_or_new() -> str:

@@ -22,7 +22,9 @@ from grpc_reflection.v1alpha import reflection
 
 from expertmesh.errors import SetupError
 from expertmesh.rpc.channel import SERVER_OPTIONS, message_limits
+from expertmesh.rpc.guard import Guard
 from expertmesh.rpc.interceptor import CallInterceptor
+from expertmesh.rpc.link_servicer import LinkServicer
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.settings import Settings, parse_host_port
 from expertmesh.telemetry import logging as log
@@ -31,6 +33,7 @@ from expertmesh.v1 import description_pb2, description_pb2_grpc
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 EXIT_SETUP_ERROR = 2
+WITHOUT_LINKS = ("gateway",)  # its callers are not of the mesh
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,9 @@ async def _serve(settings: SettingsT, kind: str, load: Callable[[SettingsT, trac
     async with AsyncExitStack() as stack:
         traces = tracing.start(kind)
         stack.callback(traces.shutdown)
-        calls = CallInterceptor()
+        guard = Guard()
         server = grpc.aio.server(
-            interceptors=[*traces.server_interceptors, calls],
+            interceptors=[*traces.server_interceptors, CallInterceptor(guard)],
             options=(*SERVER_OPTIONS, *message_limits(settings.max_message_bytes)),
         )
         address = _bind(server, settings.listen)
@@ -120,8 +123,8 @@ async def _serve(settings: SettingsT, kind: str, load: Callable[[SettingsT, trac
             metrics_address = f"{metrics_server.host}:{metrics_server.port}"
         program = load(settings, traces)
         program.description.metrics_address = metrics_address
-        calls.origin = Origin.of_description(program.description).to_metadata()
-        health = _register(server, program)
+        link = LinkServicer(guard, traces, settings.max_message_bytes)
+        health = register(server, program, guard, link)
         if program.lifespan is not None:
             await stack.enter_async_context(program.lifespan)
         await server.start()
@@ -131,7 +134,7 @@ async def _serve(settings: SettingsT, kind: str, load: Callable[[SettingsT, trac
             await stopping.wait()
         finally:
             program.drain()
-            await _stop(server, health, settings)
+            await _stop(server, health, link, settings)
     log.event("stopped")
 
 
@@ -169,7 +172,10 @@ def _metrics_server(address: str) -> metrics.MetricsServer:
         raise SetupError(f"cannot listen on {address} for metrics: {error.strerror}") from None
 
 
-def _register(server: grpc.aio.Server, program: Program) -> HealthServicer:
+def register(server: grpc.aio.Server, program: Program, guard: Guard, link: LinkServicer) -> HealthServicer:
+    """Puts everything that a program offers on a server; gives what answers for its health."""
+    guard.origin = Origin.of_description(program.description).to_metadata()
+    program.description.links = program.description.kind not in WITHOUT_LINKS
     described = Servicer(
         description_pb2.DESCRIPTOR.services_by_name["DescriptionService"].full_name,
         description_pb2_grpc.add_DescriptionServiceServicer_to_server,
@@ -178,9 +184,13 @@ def _register(server: grpc.aio.Server, program: Program) -> HealthServicer:
     servicers = [*program.servicers, described]
     for servicer in servicers:
         servicer.add(servicer.implementation, server)
+    names = [servicer.name for servicer in servicers]
+    if program.description.links:
+        for servicer in program.servicers:
+            servicer.add(servicer.implementation, link)
+        names.append(link.add_to_server(server))
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    names = [servicer.name for servicer in servicers]
     health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
     reflection.enable_server_reflection([*names, health_name, reflection.SERVICE_NAME], server)
     return health
@@ -213,11 +223,12 @@ async def _say(health: HealthServicer, program: Program, ready: bool) -> None:
         await health.set(name, status)
 
 
-async def _stop(server: grpc.aio.Server, health: HealthServicer, settings: Settings) -> None:
+async def _stop(server: grpc.aio.Server, health: HealthServicer, link: LinkServicer, settings: Settings) -> None:
     log.event("stopping")
     await health.enter_graceful_shutdown()
     if settings.drain_s:
         await asyncio.sleep(settings.drain_s)
+    link.drain()
     await server.stop(settings.grace_s)
 
 

@@ -42,6 +42,11 @@ def configure(service: str, level: str = "info") -> None:
     _LOGGER.setLevel(level.upper())
 
 
-def event(name: str, *, level: int = logging.INFO, exc_info: bool = False, **fields: Any) -> None:
+def is_logged(level: int) -> bool:
+    """Whether events of a level are written at all; for those that cost something to put together."""
+    return _LOGGER.isEnabledFor(level)
+
+
+def event(name: str, *, level: int = logging.INFO, exc_info: bool | Exception = False, **fields: Any) -> None:
     """Logs one event with its fields."""
     _LOGGER.log(level, name, extra={"fields": fields}, exc_info=exc_info)

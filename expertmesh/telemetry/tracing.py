@@ -27,6 +27,32 @@ class Tracing:
     server_interceptors: Sequence[Any] = ()
     client_interceptors: Sequence[Any] = ()
     shutdown: Callable[[], None] = field(default=lambda: None)
+    is_on: bool = False
+
+    @contextmanager
+    def client_span(self, method: str) -> Iterator[Mapping[str, str]]:
+        """The span of a call that goes out without gRPC's interceptors; gives the trace context to send along."""
+        if not self.is_on:
+            yield {}
+            return
+        from opentelemetry import propagate, trace
+
+        carrier: dict[str, str] = {}
+        with trace.get_tracer("expertmesh").start_as_current_span(method, kind=trace.SpanKind.CLIENT):
+            propagate.inject(carrier)
+            yield carrier
+
+    @contextmanager
+    def server_span(self, method: str, carrier: Mapping[str, str]) -> Iterator[None]:
+        """The span of a call that came in so."""
+        if not self.is_on:
+            yield
+            return
+        from opentelemetry import propagate, trace
+
+        parent = propagate.extract(dict(carrier))
+        with trace.get_tracer("expertmesh").start_as_current_span(method, parent, kind=trace.SpanKind.SERVER):
+            yield
 
 
 OFF = Tracing()
@@ -47,12 +73,17 @@ def start(service: str) -> Tracing:
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
     wanted = filters.negate(
-        filters.any_of(filters.health_check(), filters.full_method_name("/expertmesh.v1.DescriptionService/Describe"))
+        filters.any_of(
+            filters.health_check(),
+            filters.full_method_name("/expertmesh.v1.DescriptionService/Describe"),
+            filters.full_method_name("/expertmesh.v1.LinkService/Link"),
+        )
     )
     return Tracing(
         server_interceptors=[aio_server_interceptor(filter_=wanted)],
         client_interceptors=aio_client_interceptors(filter_=wanted),
         shutdown=provider.shutdown,
+        is_on=True,
     )
 
 

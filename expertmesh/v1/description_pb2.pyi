@@ -11,7 +11,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("kind", "parts", "model_digest", "fingerprint", "profile", "device", "version", "metrics_address")
+    __slots__ = ("kind", "parts", "model_digest", "fingerprint", "profile", "device", "version", "metrics_address", "links")
     KIND_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,7 @@ class DescribeResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     kind: str
     parts: _containers.RepeatedCompositeFieldContainer[Part]
     model_digest: str
@@ -28,7 +29,8 @@ class DescribeResponse(_message.Message):
     device: str
     version: str
     metrics_address: str
-    def __init__(self, kind: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., model_digest: _Optional[str] = ..., fingerprint: _Optional[str] = ..., profile: _Optional[str] = ..., device: _Optional[str] = ..., version: _Optional[str] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    links: bool
+    def __init__(self, kind: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., model_digest: _Optional[str] = ..., fingerprint: _Optional[str] = ..., profile: _Optional[str] = ..., device: _Optional[str] = ..., version: _Optional[str] = ..., metrics_address: _Optional[str] = ..., links: bool = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("name", "digest")

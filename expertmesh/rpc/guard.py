@@ -1,0 +1,88 @@
+"""What stands around every call, however it came: timing, counting, and turning errors into statuses.
+
+A caller never sees exception text: errors of our tree become their status, anything else INTERNAL with an id that
+the log knows too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+from prometheus_client import Histogram
+
+from expertmesh.errors import DeadlineExceeded, MeshError
+from expertmesh.rpc import request_id
+from expertmesh.rpc.errors import code_of, details_of, text_of
+from expertmesh.telemetry import metrics
+from expertmesh.telemetry.logging import event, is_logged
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a call ended that did not end well: its status, and `google.rpc.Status` with the details, serialised."""
+
+    code: grpc.StatusCode
+    text: str
+    details: bytes = b""
+
+
+class Guard:
+    """Runs the calls of one program.
+
+    Attributes:
+        origin: Metadata of every reply, which says what process gave it.
+    """
+
+    def __init__(self) -> None:
+        self.origin: tuple[tuple[str, str], ...] = ()
+        self._method2seconds: dict[str, Histogram] = {}
+
+    async def run(self, method: str, work: Awaitable[ResultT]) -> ResultT | Failure:
+        """Awaits work; gives its result, or how it failed."""
+        started_s = time.monotonic()
+        code = grpc.StatusCode.OK
+        try:
+            return await work
+        except (asyncio.CancelledError, GeneratorExit):
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except grpc.aio.AbortError:
+            code = grpc.StatusCode.ABORTED
+            raise
+        except Exception as error:
+            failure = failure_of(method, error)
+            code = failure.code
+            return failure
+        finally:
+            self.count(method, code, started_s)
+
+    def count(self, method: str, code: grpc.StatusCode, started_s: float) -> None:
+        """Takes down a call that has ended."""
+        took_s = time.monotonic() - started_s
+        if method not in self._method2seconds:
+            self._method2seconds[method] = metrics.RPC_SECONDS.labels(method)
+        self._method2seconds[method].observe(took_s)
+        metrics.RPCS.labels(method, code.name).inc()
+        if is_logged(logging.DEBUG):
+            told: dict[str, Any] = {"method": method, "code": code.name, "seconds": took_s}
+            event("call", level=logging.DEBUG, **told, request=request_id.current())
+
+
+def failure_of(method: str, error: Exception) -> Failure:
+    """The status of an exception; what does not belong on the wire gets an id in place of its text."""
+    if isinstance(error, TimeoutError):
+        error = DeadlineExceeded("the deadline has passed")
+    if isinstance(error, MeshError) and (code := code_of(error)) is not grpc.StatusCode.INTERNAL:
+        return Failure(code, text_of(error), details_of(error))
+    error_id = secrets.token_hex(8)
+    event("internal_error", level=logging.ERROR, exc_info=error, method=method, error_id=error_id)
+    return Failure(grpc.StatusCode.INTERNAL, f"internal error {error_id}")
