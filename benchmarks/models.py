@@ -21,6 +21,7 @@ from expertmesh.model.spec import AttentionSpec, EmbeddingSpec, ExpertSpec, Head
 
 HEADLINES = ROOT / "examples" / "headlines.txt"
 MIXTRAL_VOCAB, MIXTRAL_LAYERS = 4096, 6
+SMALL_LAYERS = 4
 LAYER = ModelSpec(
     width=WIDTH,
     layers=1,
@@ -96,7 +97,19 @@ def mixtral(folder: Path) -> None:
     MixtralForCausalLM(config).save_pretrained(folder)
 
 
-WRITERS = {"layer": classifier(LAYER), "mixtral": mixtral}
+def small(experts: int) -> ModelSpec:
+    """A classifier that computes next to nothing, for benchmarks that simulate devices."""
+    return replace(
+        LAYER, width=32, layers=SMALL_LAYERS, router=RouterSpec(experts=experts, top_k=2), expert=ExpertSpec(width=32)
+    )
+
+
+WRITERS = {
+    "layer": classifier(LAYER),
+    "mixtral": mixtral,
+    "small-8": classifier(small(8)),
+    "small-64": classifier(small(64)),
+}
 
 
 def main(name: str, folder: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
 
+T = TypeVar("T")
 Figures = dict[str, list[float]]  # of each contender, one for each round
 
 
-async def in_turn(contenders: Mapping[str, Callable[[], Awaitable[float]]], rounds: int) -> Figures:
+async def in_turn(contenders: Mapping[str, Callable[[], Awaitable[T]]], rounds: int) -> dict[str, list[T]]:
     """Asks every contender once a round for its figure; each round begins with another one.
 
     Args:
@@ -17,7 +19,7 @@ async def in_turn(contenders: Mapping[str, Callable[[], Awaitable[float]]], roun
         rounds: How many.
     """
     names = list(contenders)
-    figures: Figures = {name: [] for name in names}
+    figures: dict[str, list[T]] = {name: [] for name in names}
     for name in names:
         await contenders[name]()
     for number in range(rounds):
