@@ -55,7 +55,7 @@ class Child:
             RuntimeError: It ended; tells its last words.
         """
         pipe = asyncio.subprocess.PIPE
-        self._words = tempfile.TemporaryFile()
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=pipe,

@@ -5,7 +5,8 @@
 The model (hidden 512, 6 layers, 8 experts of width 1024, top-2, fp32) has random weights, is written by transformers
 and split by the importer. 16 streams of 32 prompt tokens and 64 new ones go through the gateway with 8 expert services,
 to the full model at its own address, and through transformers as one batch of 16 in a process with 2 threads, with the
-fastest of its implementations of experts, each of which is tried on the CPU. With one stream the time between tokens tells what the mesh adds to a layer.
+fastest of its implementations of experts; all that run here are tried. With one stream the time between tokens tells
+what the mesh adds to a layer.
 """
 
 from __future__ import annotations
@@ -69,10 +70,16 @@ async def _measure(model: Path, rounds: int, report: Report) -> None:
         theirs = await _fastest(stack, model.parent / "source", prompts, report)
         await _note_tokens(mesh, full, theirs, prompts, report)
         rates = await in_turn(
-            {MESH: lambda: mesh.rate(prompts), FULL: lambda: full.rate(prompts), theirs.name: lambda: theirs.rate(prompts)},
+            {
+                MESH: lambda: mesh.rate(prompts),
+                FULL: lambda: full.rate(prompts),
+                theirs.name: lambda: theirs.rate(prompts),
+            },
             rounds,
         )
-        times_ms = await in_turn({MESH: lambda: mesh.token_ms(prompts[0]), FULL: lambda: full.token_ms(prompts[0])}, rounds)
+        times_ms = await in_turn(
+            {MESH: lambda: mesh.token_ms(prompts[0]), FULL: lambda: full.token_ms(prompts[0])}, rounds
+        )
     report.figures |= {"tokens_per_s": rates, "ms_per_token": times_ms}
     table = Table(f"{STREAMS} streams", "tokens/s", "of transformers", "one stream, ms per token")
     for name, figures in rates.items():

@@ -19,7 +19,7 @@ def main(folder: str, threads: str) -> None:
     That is answered with tokens per second and the tokens.
     """
     torch.set_num_threads(int(threads))
-    model = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def generate(implementation: str, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         model.set_experts_implementation(implementation)

@@ -64,7 +64,10 @@ def main(
     json_file: JsonFile = None,
 ) -> None:
     """Prints milliseconds of one layer, and ratios."""
-    peers = {"Ray Serve": ("benchmarks.layer_ray", ray_python), "hivemind": ("benchmarks.layer_hivemind", hivemind_python)}
+    peers = {
+        "Ray Serve": ("benchmarks.layer_ray", ray_python),
+        "hivemind": ("benchmarks.layer_hivemind", hivemind_python),
+    }
     report = Report("layer")
     with random_model("layer") as model:
         session.run(_measure(model, rounds, seconds, peers, report))
@@ -79,9 +82,10 @@ async def _measure(
         running = await stack.enter_async_context(session.temporary_mesh(model, read_options(full_model=False)))
         assert running.plan is not None
         mesh = Mesh(running.plan.mesh_file, manifest, MAX_MESSAGE_BYTES, tracing.OFF, TIMEOUT_S)
+        complete = asyncio.Event()
+        mesh.on_change = lambda: complete.set() if mesh.is_complete else None
         await stack.enter_async_context(mesh)
-        while not mesh.is_complete:
-            await asyncio.sleep(0.05)
+        await complete.wait()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="echo-")))
         echo = await stack.enter_async_context(echoes(EXPERTS, folder))
         locals_ = {

@@ -1,4 +1,4 @@
-"""The same experts in a hivemind server, for `layer`. Needs an environment of its own:
+"""The same experts in a hivemind server, for `layer`. It needs an environment of its own.
 
     python3 -m venv ENV && ENV/bin/pip install torch==2.13.0 'setuptools<81' 'numpy<2' hivemind==1.1.12
     python -m benchmarks.layer --hivemind-python ENV/bin/python

@@ -1,6 +1,6 @@
 """The layer in one process: the project's own, and a plain torch loop over experts. A child of `layer`.
 
-    python -m benchmarks.layer_local MODEL THREADS
+python -m benchmarks.layer_local MODEL THREADS
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The same experts as Ray Serve deployments, for `layer`. Needs an environment of its own:
+"""The same experts as Ray Serve deployments, for `layer`. It needs an environment of its own.
 
     python3 -m venv ENV && ENV/bin/pip install torch==2.13.0 'ray[serve]'
     python -m benchmarks.layer --ray-python ENV/bin/python
@@ -13,7 +13,6 @@ import logging
 import os
 from typing import Any
 
-os.environ["RAY_memory_monitor_refresh_ms"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import numpy as np
@@ -27,7 +26,6 @@ from benchmarks.rounds import median_ms
 WAY = "Ray Serve"
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}})
 class Expert:
     """A gated MLP with random weights."""
 
@@ -63,8 +61,10 @@ async def layer(handles: list[Any], case: Case) -> Any:
 def main() -> None:
     """Answers {"ways": true} with what there is to measure, and {"way", "tokens", "seconds"} with milliseconds."""
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    actors = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
+    deployment = serve.deployment(ray_actor_options=actors)(Expert)
     handles = [
-        serve.run(Expert.options(name=f"expert-{expert}").bind(expert), name=f"app-{expert}", route_prefix=None)
+        serve.run(deployment.options(name=f"expert-{expert}").bind(expert), name=f"app-{expert}", route_prefix=None)
         for expert in range(EXPERTS)
     ]
     loop = asyncio.new_event_loop()

@@ -1,6 +1,6 @@
 """Models with random weights, made in a process of its own, so that a benchmark's own process need not hold torch.
 
-    python -m benchmarks.models NAME FOLDER
+python -m benchmarks.models NAME FOLDER
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def classifier(spec: ModelSpec) -> Callable[[Path], None]:
 
         from expertmesh.checkpoint.split import SPEC_FILE, WEIGHTS_FILE
         from expertmesh.model.full import FullModel
-        from expertmesh.train.config import TokenizerConfig
+        from expertmesh.train.settings import TokenizerConfig
         from expertmesh.train.vocabulary import make_tokenizer
 
         tokenizer = make_tokenizer(HEADLINES.read_text().splitlines(), TokenizerConfig(), 500, folder / "tokenizer")

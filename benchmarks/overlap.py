@@ -32,6 +32,7 @@ STEP_MS = 5
 PASSES = (1, 2)
 PASS_TEXTS, CALLERS = 4, 32
 EXPERT_SERVICES = 2  # few, so that two cores carry their messages beside the simulated time
+LEAD_S = 1.0
 STAGES = ("gating", "expert")
 BUSY = "expertmesh_busy_seconds_total"
 
@@ -75,7 +76,7 @@ async def _measure(model: Path, rounds: int, seconds: float, report: Report) -> 
 
 async def _round(plan: Plan, texts: list[str], seconds: float) -> dict[str, float]:
     before = {stage: await total(plan, stage, BUSY) for stage in STAGES}
-    given = await closed_loop(plan.grpc, ROUTE_MESH, texts, CALLERS, seconds)
+    given = await closed_loop(plan.grpc, ROUTE_MESH, texts, CALLERS, seconds, LEAD_S)
     after = {stage: await total(plan, stage, BUSY) for stage in STAGES}
     shares = {stage: (after[stage] - before[stage]) / given.seconds / count(plan, stage) for stage in STAGES}
     return {"texts_per_s": given.texts_per_s, **shares}

@@ -76,7 +76,9 @@ def difference(
     return _target(what, value, differences, unit, at_most, at_least)
 
 
-def level(what: str, figures: Sequence[float], *, at_most: float | None = None, at_least: float | None = None) -> Target:
+def level(
+    what: str, figures: Sequence[float], *, at_most: float | None = None, at_least: float | None = None
+) -> Target:
     """One contender's median by itself."""
     return _target(what, statistics.median(figures), figures, "", at_most, at_least)
 
