@@ -18,7 +18,7 @@ from expertmesh.mesh_file import MeshFile, Service
 from expertmesh.rpc.channel import SERVER_OPTIONS, message_limits
 from expertmesh.rpc.guard import Guard
 from expertmesh.rpc.interceptor import CallInterceptor
-from expertmesh.rpc.link_servicer import LinkServicer
+from expertmesh.rpc.link.servicer import LinkServicer
 from expertmesh.rpc.server import Program, register
 from expertmesh.rpc.settings import read_settings
 from expertmesh.telemetry.tracing import OFF
@@ -114,6 +114,7 @@ async def _served(program: Program, address: str, max_message_bytes: int) -> Asy
     async with AsyncExitStack() as stack:
         if program.lifespan is not None:
             await stack.enter_async_context(program.lifespan)
+        await stack.enter_async_context(link.listening(address))
         await server.start()
         stack.push_async_callback(server.stop, None)
         stack.callback(link.drain)

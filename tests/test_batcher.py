@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from expertmesh.errors import DeadlineExceeded, InvalidInput, MeshError, Overloaded, Unavailable
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.serving.batcher import TURN, Batcher, Limits
+from expertmesh.serving.overlap import MOST_LEVEL
 
 WAIT_S = 10.0
 
@@ -56,6 +57,19 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+async def one_then(
+    batcher: Batcher[int, int], works: Sequence[list[int]], deadlines: Sequence[Deadline] = ()
+) -> list[asyncio.Task[list[int]]]:
+    """Calls of which the first is in a pass of its own before the others come."""
+    tasks = []
+    for number, work in enumerate(works):
+        tasks.append(asyncio.create_task(batcher.submit(work, deadlines[number] if deadlines else soon())))
+        if number == 0:
+            await settle()
+    await settle()
+    return tasks
+
+
 async def test_answers_are_in_the_order_of_the_texts() -> None:
     batcher: Batcher[int, int] = Batcher(Passes(), Limits(pass_texts=3, passes=2))
     assert await batcher.submit(list(range(10)), soon()) == [item * item for item in range(10)]
@@ -64,18 +78,25 @@ async def test_answers_are_in_the_order_of_the_texts() -> None:
 async def test_calls_that_wait_share_a_pass() -> None:
     passes = Passes(open_=False)
     batcher: Batcher[int, int] = Batcher(passes, Limits(passes=1))
-    tasks = [asyncio.create_task(batcher.submit([number], soon())) for number in range(9)]
-    await settle()
+    tasks = await one_then(batcher, [[number] for number in range(9)])
     assert passes.given == [[0]]
     passes.go_on.set()
     assert await asyncio.gather(*tasks) == [[number * number] for number in range(9)]
     assert passes.given == [[0], list(range(1, 9))]
 
 
+async def test_calls_that_arrive_at_the_same_time_share_a_pass() -> None:
+    passes = Passes()
+    batcher: Batcher[int, int] = Batcher(passes, Limits(passes=2))
+    await asyncio.gather(*(batcher.submit([number], soon()) for number in range(8)))
+    assert passes.given == [[0, 1, 2, 3], [4, 5, 6, 7]]  # and leave some for the other one
+
+
 async def test_a_pass_starts_at_once_when_there_is_room() -> None:
     passes = Passes(open_=False)
     batcher: Batcher[int, int] = Batcher(passes, Limits(passes=2))
-    tasks = [asyncio.create_task(batcher.submit([number], soon())) for number in range(3)]
+    tasks = await one_then(batcher, [[0], [1]])
+    tasks += [asyncio.create_task(batcher.submit([2], soon()))]
     await settle()
     assert passes.given == [[0], [1]]
     passes.go_on.set()
@@ -98,11 +119,23 @@ async def test_a_small_call_does_not_wait_for_a_large_one() -> None:
 async def test_calls_take_turns_within_a_pass() -> None:
     passes = Passes(open_=False)
     batcher: Batcher[int, int] = Batcher(passes, Limits(pass_texts=3 * TURN, passes=1))
-    tasks = [asyncio.create_task(batcher.submit(work, soon())) for work in ([0], [1] * (3 * TURN), [2] * (3 * TURN))]
-    await settle()
+    tasks = await one_then(batcher, [[0], [1] * (3 * TURN), [2] * (3 * TURN)])
     passes.go_on.set()
     await asyncio.gather(*tasks)
     assert passes.given[1] == [1] * TURN + [2] * TURN + [1] * TURN
+
+
+async def test_the_oldest_call_gets_on_however_many_come() -> None:
+    passes = Passes()
+    batcher: Batcher[int, int] = Batcher(passes, Limits(pass_texts=2 * TURN, passes=1))
+    old = asyncio.create_task(batcher.submit([1] * (8 * TURN), soon()))
+    others = []
+    while not old.done():
+        others += [asyncio.create_task(batcher.submit([2], soon())) for _ in range(5 * TURN)]
+        await asyncio.sleep(0)
+    await asyncio.gather(*others)
+    assert [work.count(1) for work in passes.given[:8]] == [TURN] * 8
+    assert [work.count(2) for work in passes.given[:8]] == [TURN] * 8  # nor do they wait for it
 
 
 async def test_too_much_waiting_is_refused_and_forgotten_again() -> None:
@@ -160,8 +193,7 @@ async def test_a_pass_gets_the_latest_deadline_of_its_callers() -> None:
     passes = Passes(open_=False)
     batcher: Batcher[int, int] = Batcher(passes, Limits(passes=1))
     deadlines = [Deadline.after(WAIT_S + extra) for extra in (0, 1, 3, 2)]
-    tasks = [asyncio.create_task(batcher.submit([1], deadline)) for deadline in deadlines]
-    await settle()
+    tasks = await one_then(batcher, [[1]] * 4, deadlines)
     passes.go_on.set()
     await asyncio.gather(*tasks)
     assert passes.deadlines == [deadlines[0], deadlines[2]]
@@ -205,8 +237,7 @@ async def test_a_pass_that_nobody_waits_for_is_cancelled() -> None:
 async def test_the_error_of_one_text_fails_its_call_only() -> None:
     passes = Passes(open_=False)
     batcher: Batcher[int, int] = Batcher(passes, Limits(passes=1))
-    tasks = [asyncio.create_task(batcher.submit(work, soon())) for work in ([0], [1, -2, 3], [4], [-5])]
-    await settle()
+    tasks = await one_then(batcher, [[0], [1, -2, 3], [4], [-5]])
     passes.go_on.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert passes.given[1] == [1, -2, 3, 4, -5]
@@ -242,8 +273,7 @@ async def test_the_failure_of_a_pass_reaches_every_member(error: Exception) -> N
         return work
 
     batcher: Batcher[int, int] = Batcher(run, Limits(passes=1))
-    tasks = [asyncio.create_task(batcher.submit([number], soon())) for number in (0, 1, 2)]
-    await settle()
+    tasks = await one_then(batcher, [[0], [1], [2]])
     go_on.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert passes == 2
@@ -288,8 +318,8 @@ async def test_nothing_is_left_behind() -> None:
     await settle()
     assert asyncio.all_tasks() == before
     assert batcher._waiting_texts == 0
-    assert not batcher._calls
-    assert not batcher._members
+    assert not batcher._turns
+    assert not batcher._passes
     gc.collect()
     assert complaints == []
 
@@ -304,14 +334,14 @@ async def _everything_is_answered(sizes: list[int], limits: Limits) -> None:
     assert answers == [[item * item for item in work] for work in works]
     assert sorted(item for work in passes.given for item in work) == list(range(sum(sizes)))
     assert max(map(len, passes.given)) <= limits.pass_texts
-    assert passes.most_at_once <= limits.passes
+    assert passes.most_at_once <= (limits.passes or MOST_LEVEL)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     pass_texts=st.integers(1, 50),
-    passes=st.integers(1, 4),
+    passes=st.integers(0, 4),
 )
 def test_every_text_is_computed_once_whatever_the_calls(sizes: list[int], pass_texts: int, passes: int) -> None:
     asyncio.run(_everything_is_answered(sizes, Limits(pass_texts, passes)))

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from expertmesh.client import Client
-from expertmesh.errors import DeadlineExceeded
+from expertmesh.errors import DeadlineExceeded, Overloaded
 from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.generating import answer_of, asked, metrics_of, model, streamed, until, used_blocks
@@ -149,7 +149,7 @@ async def test_200_streams_left_at_random_moments_leave_nothing(up: Up, baseline
 
     async def by_deadline(number: int, wait_s: float) -> None:
         async with Client(up.grpc, timeout_s=wait_s) as client:
-            with pytest.raises(DeadlineExceeded):
+            with pytest.raises((DeadlineExceeded, Overloaded)):  # shed where it waited until it was too late for it
                 await streamed(client, endless(number, route=route))
         left.append("deadline")
 

@@ -105,7 +105,7 @@ async def test_whoever_came_first_is_served_first_where_there_is_no_room_for_all
 
 async def test_no_sequence_that_runs_waits_for_a_row() -> None:
     home = Keeper()
-    async with scheduling(home, limits=StepLimits(rows=4, sequences=100)) as scheduler:
+    async with scheduling(home, limits=StepLimits(rows=4, sequences=100, micro_batches=1)) as scheduler:
         wishes = [wish(number, 6) for number in range(1, 12)]
         answers = await asyncio.gather(*(drawn(scheduler, one) for one in wishes))
     assert answers == [followers(one) for one in wishes]
@@ -118,7 +118,7 @@ async def test_no_sequence_that_runs_waits_for_a_row() -> None:
 
 async def test_a_prompt_gets_on_however_many_decode() -> None:
     home = Keeper()
-    async with scheduling(home, limits=StepLimits(rows=4, sequences=100)) as scheduler:
+    async with scheduling(home, limits=StepLimits(rows=4, sequences=100, micro_batches=1)) as scheduler:
         wishes = [wish(40, 2), *(wish(1, 50) for _ in range(8))]
         answers = await asyncio.gather(*(drawn(scheduler, one) for one in wishes))
     assert answers == [followers(one) for one in wishes]

@@ -214,6 +214,7 @@ async def test_reflection_lists_every_service_and_gives_its_description() -> Non
     assert {service.name for service in listed.list_services_response.service} == {
         "expertmesh.v1.EmbeddingService",
         "expertmesh.v1.DescriptionService",
+        "expertmesh.v1.LinkService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }

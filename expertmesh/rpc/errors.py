@@ -83,30 +83,26 @@ def _packed(message: Message) -> any_pb2.Any:
 
 def error_info(error: grpc.aio.AioRpcError) -> dict[str, str]:
     """The metadata of the `ErrorInfo` that came with a failed call; empty if there is none."""
-    for key, value in error.trailing_metadata() or ():
-        if key != DETAILS_KEY:
-            continue
-        try:
-            status = status_pb2.Status.FromString(value)
-        except DecodeError:
-            return {}
-        for detail in status.details:
-            info = error_details_pb2.ErrorInfo()
-            if detail.Unpack(info):
-                return {"reason": info.reason, **info.metadata}
-    return {}
+    return _info(_details(error))
 
 
 def from_call(error: grpc.aio.AioRpcError, stage: str) -> errors.MeshError:
-    """The error of our tree that a failed call stands for.
+    """The error of our tree that a failed call stands for; see `from_status`."""
+    return from_status(error.code(), error.details() or "", _details(error), stage)
+
+
+def from_status(code: grpc.StatusCode, text: str, details: bytes, stage: str) -> errors.MeshError:
+    """The error of our tree that a status stands for.
 
     Args:
-        error: How the call to another service of the mesh failed.
+        code: How a call to another service of the mesh ended.
+        text: What it said.
+        details: `google.rpc.Status`, serialised; may be empty.
         stage: That service.
     """
-    text = error.details() or error.code().name
-    info = error_info(error)
-    match error.code():
+    text = text or code.name
+    info = _info(details)
+    match code:
         case grpc.StatusCode.INVALID_ARGUMENT:
             kind = errors.NonFiniteInput if info.get("reason") == "NON_FINITE_INPUT" else errors.InvalidInput
             return kind(text, info.get("field", ""))
@@ -129,6 +125,22 @@ def from_call(error: grpc.aio.AioRpcError, stage: str) -> errors.MeshError:
             return errors.WrongPart(f"{stage} does not offer this call; it is off unless its settings switch it on")
         case _:
             return errors.CorruptReply(f"{stage} failed")
+
+
+def _details(error: grpc.aio.AioRpcError) -> bytes:
+    return next((value for key, value in error.trailing_metadata() or () if key == DETAILS_KEY), b"")
+
+
+def _info(details: bytes) -> dict[str, str]:
+    try:
+        status = status_pb2.Status.FromString(details)
+    except DecodeError:
+        return {}
+    for detail in status.details:
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info):
+            return {"reason": info.reason, **info.metadata}
+    return {}
 
 
 def _number(text: str) -> int | None:

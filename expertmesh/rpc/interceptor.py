@@ -92,7 +92,7 @@ async def _abort(context: grpc.aio.ServicerContext, failure: Failure) -> None:
     await context.abort(failure.code, failure.text, details)
 
 
-def parsed(data: bytes, parse: Callable[[bytes], Any]) -> Any:
+def parsed(data: bytes | memoryview, parse: Callable[[Any], Any]) -> Any:
     """A request from its bytes.
 
     Raises:

@@ -26,7 +26,7 @@ from expertmesh.errors import (
 )
 from expertmesh.rpc import request_id
 from expertmesh.rpc.errors import from_call
-from expertmesh.rpc.link import Link
+from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.origin import Origin
 from expertmesh.v1.description_pb2 import DescribeRequest, DescribeResponse
 from expertmesh.v1.description_pb2_grpc import DescriptionServiceStub
@@ -85,7 +85,7 @@ class Replica:
         address: str,
         channel: grpc.aio.Channel,
         stub: Callable[[Any], Any],
-        link: Link,
+        link: LinkChannel,
         admit: Callable[[DescribeResponse], None],
         notify: Callable[[ReplicaEvent], None],
     ) -> None:
@@ -104,6 +104,11 @@ class Replica:
         self._is_name = address.startswith("dns:")  # a stream would keep to one of the processes behind it
 
     @property
+    def links(self) -> bool:
+        """Whether unary calls go over a link."""
+        return self.description.links and not self._is_name
+
+    @property
     def attempts(self) -> int:
         """How often one request may try this address."""
         return ATTEMPTS_BEHIND_ONE_NAME if self._is_name else 1
@@ -119,19 +124,14 @@ class Replica:
             MeshError: It refused the call.
         """
         self.calls_under_way += 1
-        stub = self._link_stub if self.description.links and not self._is_name else self._stub
-        call = getattr(stub, method)(
-            request, timeout=min(timeout_s, ATTEMPT_TIMEOUT_S), metadata=request_id.to_metadata()
-        )
         try:
-            reply = await call
-            origin = Origin.of_metadata(await call.trailing_metadata())
-        except grpc.aio.AioRpcError as error:
-            failure = from_call(error, self.service)
-            if isinstance(failure, DeadlineExceeded) and timeout_s > ATTEMPT_TIMEOUT_S:
-                late = f"{self.service} did not answer within {ATTEMPT_TIMEOUT_S:.0f} s"
-                raise Unavailable(late, self.service) from None
-            raise failure from None
+            bounded_s = min(timeout_s, ATTEMPT_TIMEOUT_S)
+            reply, origin = await (self._linked if self.links else self._called)(method, request, bounded_s)
+        except DeadlineExceeded:
+            if timeout_s <= ATTEMPT_TIMEOUT_S:
+                raise
+            late = f"{self.service} did not answer within {ATTEMPT_TIMEOUT_S:.0f} s"
+            raise Unavailable(late, self.service) from None
         finally:
             self.calls_under_way -= 1
         _require_message(reply)
@@ -143,6 +143,18 @@ class Replica:
             raise NotFinite(str(error)) from None
         except MeshError as error:
             raise CorruptReply(str(error)) from None
+
+    async def _linked(self, method: str, request: Any, timeout_s: float) -> tuple[Any, Origin]:
+        reply = await getattr(self._link_stub, method)(request, timeout_s)
+        return reply, self._link.origin
+
+    async def _called(self, method: str, request: Any, timeout_s: float) -> tuple[Any, Origin]:
+        call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=request_id.to_metadata())
+        try:
+            reply = await call
+            return reply, Origin.of_metadata(await call.trailing_metadata())
+        except grpc.aio.AioRpcError as error:
+            raise from_call(error, self.service) from None
 
     async def stream(
         self, method: str, request: Any, timeout_s: float, read: Callable[[Any], Iterable[ReplyT]]
@@ -216,7 +228,7 @@ class Replica:
             self._admit(description)
             if description.links and not self._is_name:
                 await self._link.open(DESCRIBE_TIMEOUT_S)
-        except grpc.aio.AioRpcError:
+        except Unavailable:
             return
         except MeshError as error:
             if self.state is not State.REFUSED:
@@ -233,7 +245,7 @@ class Replica:
             asyncio.create_task(self._left.wait()),
             asyncio.create_task(self.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)),
         ]
-        if self.description.links and not self._is_name:
+        if self.links:
             waits.append(asyncio.create_task(self._link.ended.wait()))
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

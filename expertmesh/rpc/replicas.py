@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc.aio
-from tenacity import AsyncRetrying, RetryCallState, wait_none
 
 from expertmesh.errors import (
     CorruptReply,
@@ -27,7 +26,7 @@ from expertmesh.errors import (
     WrongPart,
 )
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.link import Link
+from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replica import Replica, ReplicaEvent, State
 from expertmesh.v1.description_pb2 import DescribeResponse
@@ -47,7 +46,7 @@ class ReplicaSet:
         notify: Is told every event.
         refusals_are_faults: Whether a call that is refused is the replica's fault, as it is where requests are made
             by the mesh itself; otherwise it is the caller's.
-        open_link: Makes what unary calls go over, of a channel.
+        open_link: Makes what unary calls go over, of address, channel and name.
     """
 
     def __init__(
@@ -59,13 +58,13 @@ class ReplicaSet:
         admit: Callable[[DescribeResponse], None],
         notify: Callable[[ReplicaEvent], None],
         refusals_are_faults: bool = False,
-        open_link: Callable[[grpc.aio.Channel], Link] = Link,
+        open_link: Callable[[str, grpc.aio.Channel, str], LinkChannel] = LinkChannel,
     ) -> None:
         self.name = name
         self._refusals_are_faults = refusals_are_faults
         self._turns = count(1)
         self.replicas = [
-            Replica(name, address, channel, stub, open_link(channel), admit, notify)
+            Replica(name, address, channel, stub, open_link(address, channel, name), admit, notify)
             for address, channel in ((address, open_channel(address)) for address in addresses)
         ]
         self._tasks: list[asyncio.Task[None]] = []
@@ -122,13 +121,12 @@ class ReplicaSet:
         """
         tried: Counter[str] = Counter()
         suspects: list[Replica] = []
-
-        def is_worth_another(state: RetryCallState) -> bool:
-            error = state.outcome.exception() if state.outcome else None
-            return isinstance(error, Unavailable | CorruptReply) and self._pick(tried, at) is not None
-
-        retrying = AsyncRetrying(retry=is_worth_another, wait=wait_none(), reraise=True, stop=lambda _: False)
-        return await retrying(self._attempt, method, request, deadline, read, tried, suspects, at)
+        while True:
+            try:
+                return await self._attempt(method, request, deadline, read, tried, suspects, at)
+            except (Unavailable, CorruptReply):
+                if self._pick(tried, at) is None:
+                    raise
 
     async def stream(
         self, method: str, request: Any, deadline: Deadline, read: Callable[[Any], Iterable[ReplyT]]

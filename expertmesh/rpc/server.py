@@ -24,7 +24,7 @@ from expertmesh.errors import SetupError
 from expertmesh.rpc.channel import SERVER_OPTIONS, message_limits
 from expertmesh.rpc.guard import Guard
 from expertmesh.rpc.interceptor import CallInterceptor
-from expertmesh.rpc.link_servicer import LinkServicer
+from expertmesh.rpc.link.servicer import LinkServicer
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.settings import Settings, parse_host_port
 from expertmesh.telemetry import logging as log
@@ -127,6 +127,8 @@ async def _serve(settings: SettingsT, kind: str, load: Callable[[SettingsT, trac
         health = register(server, program, guard, link)
         if program.lifespan is not None:
             await stack.enter_async_context(program.lifespan)
+        if program.description.links:
+            await stack.enter_async_context(link.listening(address))
         await server.start()
         try:
             await stack.enter_async_context(_health(health, program))
@@ -188,6 +190,7 @@ def register(server: grpc.aio.Server, program: Program, guard: Guard, link: Link
     if program.description.links:
         for servicer in program.servicers:
             servicer.add(servicer.implementation, link)
+        link.description = program.description
         names.append(link.add_to_server(server))
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

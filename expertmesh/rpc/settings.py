@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from expertmesh.errors import SetupError
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
+LINK_SUFFIX = ".link"  # of the socket for links between neighbours, behind the path of the one for gRPC
 _TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -100,7 +101,9 @@ def parse_address(value: str, name: str) -> None:
         SetupError: It is neither `unix:PATH` nor `HOST:PORT`.
     """
     if value.startswith("unix:"):
-        check(0 < len(value.removeprefix("unix:").encode()) < 108, f"{name}: a unix socket's path has 1 to 107 bytes")
+        most = 107 - len(LINK_SUFFIX)  # of a socket's path, of which there is a second one
+        path_bytes = len(value.removeprefix("unix:").encode())
+        check(0 < path_bytes <= most, f"{name}: a unix socket's path has 1 to {most} bytes here")
     else:
         parse_host_port(value, name)
 

@@ -1,7 +1,8 @@
 """Calls that wait together share a pass through the layers.
 
 A pass starts as soon as there is room for one; what arrives meanwhile waits and shares the next. Calls take turns, so
-that one with a thousand texts does not hold up one with a single text.
+that one with a thousand texts does not hold up one with a single text; and the oldest has a turn in every pass, so that
+it is not held up for ever by those that come. What would be answered too late is refused.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from expertmesh.errors import DeadlineExceeded, InvalidInput, MeshError, Overloaded
+from expertmesh.errors import DeadlineExceeded, InvalidInput, MeshError
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.serving import shedding
+from expertmesh.serving.overlap import MOST_LEVEL, Overlap, Started
+from expertmesh.serving.shedding import Smoothed
 from expertmesh.telemetry import metrics, tracing
 
 WorkT = TypeVar("WorkT")
@@ -31,9 +35,10 @@ class Limits:
     Attributes:
         pass_texts: Most texts in a pass.
         pass_characters: Most characters in a pass that has more than one text.
-        passes: Most passes under way at once.
+        passes: Most passes under way at once; 0 finds out how many are best.
         waiting_texts: Most texts that wait; more are refused.
         waiting_characters: Most characters that wait; more are refused.
+        sheds: Whether calls are refused that would be answered too late.
     """
 
     pass_texts: int = 64
@@ -41,6 +46,7 @@ class Limits:
     passes: int = 1
     waiting_texts: int = 8192
     waiting_characters: int = 2**26
+    sheds: bool = True
 
 
 @dataclass(eq=False)
@@ -57,6 +63,18 @@ class _Call(Generic[WorkT, AnswerT]):
     taken: int = 0
     missing: int = 0
     passes: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class _Pass(Generic[WorkT, AnswerT]):
+    """A pass that is under way, whose texts are in it, and how many of its calls ended meanwhile."""
+
+    taken: Sequence[tuple[_Call[WorkT, AnswerT], int]]
+    calls: Sequence[_Call[WorkT, AnswerT]]
+    started: Started
+    started_s: float
+    is_answered: bool = False
+    left: int = 0
 
 
 class Batcher(Generic[WorkT, AnswerT]):
@@ -78,98 +96,158 @@ class Batcher(Generic[WorkT, AnswerT]):
         self._run_pass = run_pass
         self._limits = limits
         self._weigh = weigh
-        self._calls: deque[_Call[WorkT, AnswerT]] = deque()
+        self._turns: OrderedDict[_Call[WorkT, AnswerT], None] = (
+            OrderedDict()
+        )  # those that wait, whose turn is next first
+        self._ages: OrderedDict[_Call[WorkT, AnswerT], None] = OrderedDict()  # the same, oldest first
         self._waiting_texts = 0
         self._waiting_characters = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._members: dict[asyncio.Task[None], list[_Call[WorkT, AnswerT]]] = {}
+        self._texts_under_way = 0
+        self._is_starting = False
+        self._overlap = Overlap(limits.passes)
+        self._pass_s = Smoothed()
+        self._passes: dict[asyncio.Task[None], _Pass[WorkT, AnswerT]] = {}
 
     async def submit(self, work: Sequence[WorkT], deadline: Deadline) -> list[AnswerT]:
         """Answers one call's work, in its order.
 
         Raises:
-            Overloaded: Too much waits already.
+            Overloaded: Too much waits already, or so much that it would not be done in time.
             DeadlineExceeded: It was not done in time.
             MeshError: One of its texts, or a pass it was in, failed.
         """
         if not work:
             return []
         characters = sum(map(self._weigh, work))
-        texts_fit = self._waiting_texts + len(work) <= self._limits.waiting_texts
-        if not texts_fit or self._waiting_characters + characters > self._limits.waiting_characters:
-            raise Overloaded(f"{self._waiting_texts} texts are waiting already")
+        left_s = deadline.remaining_s()
+        self._check_room(len(work), characters, deadline)
+        loop = asyncio.get_running_loop()
         call: _Call[WorkT, AnswerT] = _Call(
             work,
             deadline,
             [None] * len(work),
-            asyncio.get_running_loop().create_future(),
+            loop.create_future(),
             contextvars.copy_context(),
             tracing.current(),
             time.monotonic(),
             missing=len(work),
         )
-        self._calls.append(call)
+        self._turns[call] = self._ages[call] = None
         self._waiting_texts += len(work)
         self._waiting_characters += characters
-        self._start_passes()
+        if not self._is_starting:  # when all that arrived at the same time are here
+            self._is_starting = True
+            loop.call_soon(self._start_passes)
+        timer = loop.call_later(left_s, _fail, call, DeadlineExceeded("the deadline has passed"))
         try:
-            async with asyncio.timeout(deadline.remaining_s()):
-                await call.done
-        except TimeoutError:
-            raise DeadlineExceeded("the deadline has passed") from None
+            await call.done
         finally:
+            timer.cancel()
             self._leave(call)
         return call.answers  # type: ignore[return-value]
 
+    def _check_room(self, texts: int, characters: int, deadline: Deadline) -> None:
+        texts_fit = self._waiting_texts + texts <= self._limits.waiting_texts
+        if not texts_fit or self._waiting_characters + characters > self._limits.waiting_characters:
+            waiting = f"{self._waiting_texts} texts"
+            raise shedding.refuse_full("pass", waiting, self._expected_s(texts, characters))
+        if self._limits.sheds and (expected_s := self._expected_s(texts, characters)) is not None:
+            shedding.refuse_late("pass", expected_s, deadline)
+
+    def _expected_s(self, texts: int, characters: int) -> float | None:
+        """How long a new call would take, if that is known and anything waits.
+
+        A pass is taken to last as long as lately, also where those were smaller than the next ones will be.
+        """
+        if self._pass_s.value is None or not self._turns:
+            return None
+        turns = -(-texts // TURN)
+        texts += min(self._waiting_texts, turns * TURN * len(self._turns))
+        characters += self._waiting_characters if texts > self._waiting_texts else 0
+        passes = max(texts / self._limits.pass_texts, characters / self._limits.pass_characters)
+        return max(1.0, 0.5 + passes / self._level()) * self._pass_s.value  # 0.5: what is under way
+
+    def _level(self) -> int:
+        return self._overlap.level(*self._load())
+
+    def _load(self) -> tuple[int, int]:
+        texts = self._waiting_texts + self._texts_under_way
+        return min(texts, MOST_LEVEL * self._limits.pass_texts), texts
+
     def _start_passes(self) -> None:
-        while len(self._tasks) < self._limits.passes and self._calls:
-            taken = self._take()
-            task = asyncio.get_running_loop().create_task(self._pass(taken), context=taken[0][0].context.copy())
-            self._tasks.add(task)
-            self._members[task] = list({id(call): call for call, _ in taken}.values())
-            for call in self._members[task]:
+        self._is_starting = False
+        while self._turns and len(self._passes) < self._level():
+            started = self._overlap.started(*self._load())
+            taken = self._take(-(-self._load()[1] // started.level))
+            one = _Pass(taken, list(dict.fromkeys(call for call, _ in taken)), started, time.monotonic())
+            task = asyncio.get_running_loop().create_task(self._pass(one), context=one.calls[0].context.copy())
+            self._passes[task] = one
+            self._texts_under_way += len(taken)
+            metrics.UNDER_WAY.labels("pass").inc()
+            for call in one.calls:
                 call.passes.add(task)
             task.add_done_callback(self._pass_ended)
 
-    def _take(self) -> list[tuple[_Call[WorkT, AnswerT], int]]:
-        """Takes texts for a pass: from each waiting call in turn, as (call, index of the text)."""
+    def _take(self, share: int) -> list[tuple[_Call[WorkT, AnswerT], int]]:
+        """Takes texts for a pass: from each waiting call in turn, as (call, index of the text).
+
+        Args:
+            share: Most texts, so that as many are left for the other passes that are to be under way.
+        """
+        most = min(share, self._limits.pass_texts)
         taken: list[tuple[_Call[WorkT, AnswerT], int]] = []
         characters = 0
-        while self._calls and len(taken) < self._limits.pass_texts:
-            call = self._calls.popleft()
-            for _ in range(min(TURN, self._limits.pass_texts - len(taken), len(call.work) - call.taken)):
+        self._turns.move_to_end(next(iter(self._ages)), last=False)
+        while self._turns and len(taken) < most:
+            call = next(iter(self._turns))
+            if self._is_hopeless(call) and (taken or len(self._turns) > 1):
+                self._remove(call)
+                assert self._pass_s.value is not None
+                _fail(call, shedding.dropped("pass", self._expected_s(len(call.work), 0) or self._pass_s.value))
+                continue
+            for _ in range(min(TURN, most - len(taken), len(call.work) - call.taken)):
                 weight = self._weigh(call.work[call.taken])
                 if taken and characters + weight > self._limits.pass_characters:
-                    self._calls.appendleft(call)
                     return taken
                 taken.append((call, call.taken))
                 call.taken += 1
                 characters += weight
                 self._waiting_texts -= 1
                 self._waiting_characters -= weight
-            if call.taken < len(call.work):
-                self._calls.append(call)
+            self._turns.move_to_end(call)
+            if call.taken == len(call.work):
+                self._remove(call)
         return taken
 
-    async def _pass(self, taken: list[tuple[_Call[WorkT, AnswerT], int]]) -> None:
-        now_s = time.monotonic()
-        for call, _ in taken:
-            metrics.QUEUE_SECONDS.labels("pass").observe(now_s - call.arrived_s)
-        metrics.PASS_TEXTS.observe(len(taken))
-        links = [call.trace for call in {id(call): call for call, _ in taken}.values()][1:]
+    def _is_hopeless(self, call: _Call[WorkT, AnswerT]) -> bool:
+        pass_s = self._pass_s.value
+        return self._limits.sheds and pass_s is not None and call.deadline.at_s - time.monotonic() < pass_s
+
+    def _remove(self, call: _Call[WorkT, AnswerT]) -> None:
+        """It does not wait any more."""
+        del self._turns[call], self._ages[call]
+        self._waiting_texts -= len(call.work) - call.taken
+        self._waiting_characters -= sum(map(self._weigh, call.work[call.taken :]))
+
+    async def _pass(self, one: _Pass[WorkT, AnswerT]) -> None:
+        queue_s = metrics.QUEUE_SECONDS.labels("pass")
+        for call, _ in one.taken:
+            queue_s.observe(one.started_s - call.arrived_s)
+        metrics.PASS_TEXTS.observe(len(one.taken))
         try:
-            with tracing.span("pass", links, texts=len(taken)):
-                work = [call.work[index] for call, index in taken]
-                answers = await self._run_pass(work, max(call.deadline for call, _ in taken))
+            with tracing.span("pass", [call.trace for call in one.calls[1:]], texts=len(one.taken)):
+                work = [call.work[index] for call, index in one.taken]
+                answers = await self._run_pass(work, max(call.deadline for call in one.calls))
+            one.is_answered = True
         except MeshError as error:
-            answers = [error] * len(taken)
+            answers = [error] * len(one.taken)
         except asyncio.CancelledError:
             raise
         except BaseException as error:
-            for call, _ in taken:
+            for call in one.calls:
                 _fail(call, error)
             return
-        for (call, index), answer in zip(taken, answers, strict=True):
+        for (call, index), answer in zip(one.taken, answers, strict=True):
             if isinstance(answer, InvalidInput):
                 _fail(call, InvalidInput(f"texts[{index}]: {answer}", f"texts[{index}]"))
             elif isinstance(answer, MeshError):
@@ -181,9 +259,14 @@ class Batcher(Generic[WorkT, AnswerT]):
                     call.done.set_result(None)
 
     def _pass_ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        ended = self._passes.pop(task)
+        self._texts_under_way -= len(ended.taken)
+        metrics.UNDER_WAY.labels("pass").dec()
         error = RuntimeError("a pass was cancelled") if task.cancelled() else task.exception()
-        for call in self._members.pop(task):
+        self._overlap.ended(ended.started, len(ended.taken) if ended.is_answered else 0)
+        if ended.is_answered:
+            self._pass_s.add(time.monotonic() - ended.started_s)
+        for call in ended.calls:
             call.passes.discard(task)
             if error is not None:  # nobody may wait for a pass that is over
                 _fail(call, error)
@@ -192,12 +275,11 @@ class Batcher(Generic[WorkT, AnswerT]):
     def _leave(self, call: _Call[WorkT, AnswerT]) -> None:
         """Forgets a call that ended; a pass that works for nobody any more is cancelled."""
         call.done.cancel()
-        if call in self._calls:
-            self._calls.remove(call)
-            self._waiting_texts -= len(call.work) - call.taken
-            self._waiting_characters -= sum(map(self._weigh, call.work[call.taken :]))
+        if call in self._turns:
+            self._remove(call)
         for task in call.passes:
-            if all(member.done.done() for member in self._members[task]):
+            self._passes[task].left += 1
+            if self._passes[task].left == len(self._passes[task].calls):
                 task.cancel()
 
 

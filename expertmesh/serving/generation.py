@@ -38,6 +38,7 @@ class Wish:
         end_ids: Tokens that end it.
         logprobs: How many likely tokens to tell at each place; -1: no log probability at all.
         deadline: When the answer is of no use any more.
+        arrived_s: When the request came, on the clock of `time.monotonic`.
     """
 
     prompt: Sequence[int]
@@ -47,6 +48,7 @@ class Wish:
     end_ids: frozenset[int]
     logprobs: int
     deadline: Deadline
+    arrived_s: float = field(default_factory=lambda: time.monotonic())
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,13 @@ class Token:
         drawn: Its id and log probabilities.
         finish: Why it is the last one, if it is.
         provenance: How it was computed.
+        at_s: When it was there, on the clock of `time.monotonic`.
     """
 
     drawn: TokenLogprobs
     finish: FinishReason
     provenance: Provenance
+    at_s: float = field(default_factory=lambda: time.monotonic())
 
 
 class Witnesses:
@@ -70,16 +74,23 @@ class Witnesses:
     def __init__(self) -> None:
         self._profiles: set[str] = set()
         self._all_exact = True
+        self._known: Provenance | None = None  # the latest that was added, which adds nothing when it comes again
+        self._said: Provenance | None = None
 
     def add(self, provenance: Provenance) -> None:
         """Takes down one more step."""
+        if provenance == self._known:
+            return
+        self._known, self._said = provenance, None
         self._profiles.update(provenance.profile.split(PROFILE_SEPARATOR))
         self._all_exact &= provenance.exact
 
     def provenance(self, route: Route) -> Provenance:
         """What may be said of a token that came this way."""
-        profile = PROFILE_SEPARATOR.join(sorted(self._profiles))
-        return Provenance(route, self._all_exact and are_exact(self._profiles), profile)
+        if self._said is None or self._said.route != route:
+            profile = PROFILE_SEPARATOR.join(sorted(self._profiles))
+            self._said = Provenance(route, self._all_exact and are_exact(self._profiles), profile)
+        return self._said
 
 
 @dataclass(eq=False)
@@ -95,6 +106,9 @@ class Generation:
         left: Whether nobody waits for it any more.
         rebuilds: How often it had to be computed anew.
         heard_s: When its home last heard of it, on the clock of `time.monotonic`.
+        opened_s: When a home took it, on the same clock.
+        first_s: When its first token came.
+        stepped: Number of the last step at its home that it had a part in.
         witnesses: How everything was computed that its next token depends on.
     """
 
@@ -106,10 +120,13 @@ class Generation:
     left: bool = False
     rebuilds: int = 0
     heard_s: float = 0.0
+    opened_s: float = 0.0
+    first_s: float = 0.0
+    stepped: int = 0
     witnesses: Witnesses = field(default_factory=lambda: Witnesses())
     _seen: set[int] = field(default_factory=set)
     _events: asyncio.Queue[Token | BaseException] = field(default_factory=asyncio.Queue)
-    _last_s: float = field(default_factory=time.monotonic)
+    _is_late: bool = False
 
     def __post_init__(self) -> None:
         self.ids = list(self.wish.prompt)
@@ -162,14 +179,14 @@ class Generation:
         if self._seen:
             self._seen.add(drawn.id)
         now_s = time.monotonic()
-        (metrics.FIRST_TOKEN_SECONDS if first else metrics.NEXT_TOKEN_SECONDS).observe(now_s - self._last_s)
-        self._last_s = now_s
+        if first:
+            self.first_s = now_s
         finish = FINISH_REASON_UNSPECIFIED
         if drawn.id in self.wish.end_ids:
             finish = FINISH_REASON_STOP
         elif self.generated >= self.wish.max_tokens:
             finish = FINISH_REASON_LENGTH
-        self._events.put_nowait(Token(drawn, finish, self.witnesses.provenance(route)))
+        self._events.put_nowait(Token(drawn, finish, self.witnesses.provenance(route), now_s))
         return finish != FINISH_REASON_UNSPECIFIED
 
     def fail(self, error: BaseException) -> None:
@@ -183,13 +200,13 @@ class Generation:
             DeadlineExceeded: It was not done in time.
             MeshError: It failed.
         """
+        timer = None
         try:
+            timer = asyncio.get_running_loop().call_later(self.wish.deadline.remaining_s(), self._expire)
             while True:
-                try:
-                    async with asyncio.timeout(self.wish.deadline.remaining_s()):
-                        event = await self._events.get()
-                except TimeoutError:
-                    raise DeadlineExceeded("the deadline has passed") from None
+                event = await self._events.get()
+                if self._is_late:
+                    raise DeadlineExceeded("the deadline has passed")
                 if isinstance(event, BaseException):
                     raise event
                 yield event
@@ -197,6 +214,12 @@ class Generation:
                     return
         finally:
             self.left = True
+            if timer is not None:
+                timer.cancel()
+
+    def _expire(self) -> None:
+        self._is_late = True
+        self.fail(DeadlineExceeded("the deadline has passed"))
 
 
 def check_fits(prompt_tokens: int, max_tokens: int, context: int) -> int:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
+
+from prometheus_client import Counter, Histogram
 
 from expertmesh.model.spec import ModelSpec
 from expertmesh.rpc import request_id as request_ids
@@ -33,7 +37,7 @@ from expertmesh.v1.inference_pb2 import (
 )
 from expertmesh.v1.tokenizer_pb2 import EncodePromptRequest
 
-DECODE_LIMITS = Limits(pass_texts=512, waiting_texts=2**16)
+DECODE_LIMITS = Limits(pass_texts=512, waiting_texts=2**16, sheds=False)  # a stream under way is not given up
 SEED_BITS = 53  # what a JSON number holds exactly in every language
 
 
@@ -61,6 +65,25 @@ class _Ended:
     error: BaseException | None
 
 
+@dataclass(frozen=True)
+class _Meters:
+    """Metrics of one route; to look them up for every token costs more than to count."""
+
+    tokens: Counter
+    first_s: Histogram
+    next_s: Histogram
+
+
+@functools.cache
+def _meters(route: Route) -> _Meters:
+    name = Route.Name(route)
+    return _Meters(
+        metrics.GENERATED_TOKENS.labels(name),
+        metrics.FIRST_TOKEN_SECONDS.labels(name),
+        metrics.NEXT_TOKEN_SECONDS.labels(name),
+    )
+
+
 class Generator:
     """Answers `Generate`, `Complete` and `Tokenize`.
 
@@ -83,11 +106,12 @@ class Generator:
             InvalidInput: The request is at fault.
             MeshError: It could not be served, or not to its end.
         """
+        arrived_s = time.monotonic()
         check_generate(request, self._spec)
         request_id = request_ids.current_or_new()
         prompt = await self._prompt(request, deadline)
         seed = request.seed if request.HasField("seed") else secrets.randbits(SEED_BITS)
-        wishes = self._wishes(request, prompt, seed, deadline)
+        wishes = self._wishes(request, prompt, seed, deadline, arrived_s)
         usage = Usage(prompt_tokens=len(prompt))
         async with aclosing(_merged([self._choice(wish, request) for wish in wishes])) as messages:
             left = len(wishes)
@@ -142,20 +166,26 @@ class Generator:
             return list(request.ids.ids)
         return await self._tokenizing.encode(_encoding(request), deadline)
 
-    def _wishes(self, request: GenerateRequest, prompt: list[int], seed: int, deadline: Deadline) -> list[Wish]:
+    def _wishes(
+        self, request: GenerateRequest, prompt: list[int], seed: int, deadline: Deadline, arrived_s: float
+    ) -> list[Wish]:
         max_tokens = check_fits(len(prompt), request.max_tokens, self._spec.context)
         end_ids = frozenset(request.stop_ids) | frozenset(() if request.ignore_end else self._spec.head.end_ids)
         logprobs = request.logprobs if request.HasField("logprobs") else NO_LOGPROBS
         sampling = sampling_of(request, seed)
         return [
-            Wish(prompt, sampling, request.first_choice + choice, max_tokens, end_ids, logprobs, deadline)
+            Wish(prompt, sampling, request.first_choice + choice, max_tokens, end_ids, logprobs, deadline, arrived_s)
             for choice in range(request.n if request.HasField("n") else 1)
         ]
 
     async def _choice(self, wish: Wish, request: GenerateRequest) -> AsyncGenerator[GenerateResponse, None]:
         stream = TextStream(request.stop, self._spec.embedding.vocab)
+        latest_s, is_first = wish.arrived_s, True
         async with aclosing(self._source.tokens(wish, request.contract, request.route)) as tokens:
             async for token in tokens:
+                meters = _meters(token.provenance.route)
+                (meters.first_s if is_first else meters.next_s).observe(token.at_s - latest_s)
+                latest_s, is_first = token.at_s, False
                 text = await self._text(stream, token, wish.deadline)
                 finish = FINISH_REASON_STOP if stream.stopped else token.finish
                 provenance = token.provenance
@@ -168,7 +198,7 @@ class Generator:
                     exact=provenance.exact,
                     profile=provenance.profile,
                 )
-                metrics.GENERATED_TOKENS.labels(Route.Name(provenance.route)).inc()
+                meters.tokens.inc()
                 if finish != FINISH_REASON_UNSPECIFIED:
                     return
 

@@ -1,29 +1,23 @@
 """Continuous batching: sequences that generate share steps, each at the home of its KV cache.
 
-A step takes one row of every sequence that decodes, and fills up with chunks of prompts; so a new request joins the
-next step, and a long prompt does not stall those that run. What does not fit a home's cache waits, in order of arrival.
+Those that wait are given to homes in the order of their arrival; who does not fit a home's cache goes on waiting. What
+would be answered too late is refused. The steps of each home are a `lane`'s.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
-import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
-from expertmesh.errors import MeshError, NotFinite, Overloaded, Unavailable
+from expertmesh.errors import Unavailable
+from expertmesh.serving import shedding
+from expertmesh.serving.durations import Durations
 from expertmesh.serving.generation import Generation, Token, Wish
-from expertmesh.serving.home import Home, HomeLost
-from expertmesh.serving.steps import Work, plan_step
+from expertmesh.serving.home import Home
+from expertmesh.serving.lane import Lane
 from expertmesh.telemetry import metrics
-from expertmesh.telemetry.logging import event
-
-MAX_REBUILDS = 8
-RETRY_OPEN_S = 0.05
-KEEP_EVERY_S = 2.0  # a home forgets what it does not hear of
 
 
 @dataclass(frozen=True)
@@ -34,11 +28,14 @@ class StepLimits:
         rows: Most token rows in a step; a sequence that decodes has one.
         sequences: Most sequences that run at one home.
         waiting: Most sequences that wait; more are refused.
+        micro_batches: Steps of one home that are under way at once, as long as there are sequences for them; 0 finds
+            out how many are best.
     """
 
     rows: int = 256
     sequences: int = 128
     waiting: int = 1024
+    micro_batches: int = 0
 
 
 class Scheduler:
@@ -55,17 +52,21 @@ class Scheduler:
     ) -> None:
         self._homes, self._limits, self._unavailable = homes, limits, unavailable
         self._waiting: deque[Generation] = deque()
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[int, Lane] = {}
+        self._durations = Durations()
 
     async def generate(self, wish: Wish) -> AsyncGenerator[Token, None]:
         """The tokens of one sequence as they come; closing the iterator frees whatever it holds.
 
         Raises:
-            Overloaded: Too much waits already.
+            Overloaded: Too much waits already, or so much that it would not be done in time.
             MeshError: It cannot be served.
         """
+        expected_s = self._expected_s(wish)
         if len(self._waiting) >= self._limits.waiting:
-            raise Overloaded(f"{len(self._waiting)} sequences are waiting already")
+            raise shedding.refuse_full("step", f"{len(self._waiting)} sequences", expected_s)
+        if expected_s is not None:
+            shedding.refuse_late("step", expected_s, wish.deadline)
         generation = Generation(wish)
         self._waiting.append(generation)
         tokens = generation.tokens()
@@ -84,9 +85,9 @@ class Scheduler:
         for lane in self._lanes.values():
             lane.close()
 
-    def take(self, lane: _Lane) -> Generation | None:
+    def take(self, lane: Lane) -> Generation | None:
         """The next generation that waits, if it is this lane's turn: the emptiest lane takes it."""
-        while self._waiting and self._waiting[0].left:
+        while self._waiting and (self._waiting[0].left or self._is_dropped(self._waiting[0])):
             self._waiting.popleft()
         if not self._waiting:
             return None
@@ -94,6 +95,10 @@ class Scheduler:
         for other in emptier:
             other.wake()
         return None if emptier else self._waiting.popleft()
+
+    def ended(self, generation: Generation) -> None:
+        """A generation has all its tokens."""
+        self._durations.observe(generation)
 
     def give_back(self, generations: Sequence[Generation]) -> None:
         """Puts generations back to the front of those that wait."""
@@ -105,7 +110,7 @@ class Scheduler:
         live = [home for home in self._homes() if home.is_live]
         for home in live:
             if id(home) not in self._lanes:
-                self._lanes[id(home)] = _Lane(home, self, self._limits)
+                self._lanes[id(home)] = Lane(home, self, self._limits)
         if not live:
             while self._waiting:
                 self._waiting.popleft().fail(self._unavailable())
@@ -113,171 +118,27 @@ class Scheduler:
         for lane in self._lanes.values():
             lane.wake()
 
+    def _expected_s(self, wish: Wish) -> float | None:
+        """How long a new sequence would take, if that is known and there is no room for it now."""
+        room = sum(lane.room for lane in self._lanes.values())
+        before = len(self._waiting) + 1 - room
+        alone_s, whole_s = self._durations.alone_s(wish), self._durations.whole_s
+        if alone_s is None or whole_s is None or before <= 0 or not self._lanes:
+            return None
+        running = sum(lane.load for lane in self._lanes.values())
+        return before * whole_s / max(1, running) + alone_s  # each that ends makes room for one
+
+    def _is_dropped(self, generation: Generation) -> bool:
+        """Drops what would come too late, unless nobody else waits, or somebody has seen a part of it."""
+        wish = generation.wish
+        alone_s = self._durations.alone_s(wish)
+        left_s = wish.deadline.at_s - time.monotonic()
+        if alone_s is None or left_s >= alone_s or generation.generated or len(self._waiting) == 1:
+            return False
+        generation.fail(shedding.dropped("step", self._expected_s(wish) or alone_s))
+        return True
+
     def tell(self) -> None:
         """Brings the metrics up to date."""
         metrics.GENERATIONS.labels("waiting").set(len(self._waiting))
         metrics.GENERATIONS.labels("running").set(sum(lane.load for lane in self._lanes.values()))
-
-
-class _Lane:
-    """The steps of one home, one after another."""
-
-    def __init__(self, home: Home, scheduler: Scheduler, limits: StepLimits) -> None:
-        self.home = home
-        self._scheduler = scheduler
-        self._limits = limits
-        self._most = min(limits.sequences, limits.rows)  # each that runs has a row in every step
-        self._running: list[Generation] = []
-        self._awake = asyncio.Event()
-        self._retry: asyncio.TimerHandle | None = None
-        self.is_full = False  # until something is released or a while has passed
-        context = contextvars.Context()  # not that of the request that happened to come first
-        self._task = asyncio.get_running_loop().create_task(self._run(), context=context)
-
-    @property
-    def load(self) -> int:
-        """Sequences that run here."""
-        return len(self._running)
-
-    @property
-    def has_room(self) -> bool:
-        """Whether it may take another one."""
-        return not self.is_full and self.load < self._most and self.home.is_live
-
-    def wake(self) -> None:
-        """Lets it look again whether there is work."""
-        self._awake.set()
-
-    def close(self) -> None:
-        """Ends it."""
-        self._task.cancel()
-
-    async def _run(self) -> None:
-        while True:
-            self._awake.clear()
-            try:
-                await self._release_left()
-                await self._admit()
-                self._scheduler.tell()
-                if self._running:
-                    await self._step()
-                    continue
-            except asyncio.CancelledError:
-                raise
-            except Exception as error:  # nobody may wait for a lane that ended
-                event("internal_error", level=logging.ERROR, exc_info=True)
-                await self._fail(Unavailable(f"a step failed: {type(error).__name__}", "gateway"))
-            await self._awake.wait()
-
-    async def _admit(self) -> None:
-        while self.has_room:
-            generation = self._scheduler.take(self)
-            if generation is None:
-                return
-            try:
-                await self.home.open(generation)
-            except Overloaded:
-                self._scheduler.give_back([generation])
-                self._wait_for_room()
-                return
-            except HomeLost:
-                self._lost([generation])
-                return
-            except MeshError as error:
-                generation.fail(error)
-            except Exception:
-                generation.fail(Unavailable("it could not be started", "gating"))
-                raise
-            else:
-                generation.heard_s = time.monotonic()
-                self._running.append(generation)
-
-    def _wait_for_room(self) -> None:
-        """Nothing is opened until something was released here; another program may have, so look again anyway."""
-        self.is_full = True
-        self._retry = asyncio.get_running_loop().call_later(RETRY_OPEN_S, self._look_again)
-
-    def _look_again(self) -> None:
-        self.is_full = False
-        self._retry = None
-        self._scheduler.wake()
-
-    async def _release_left(self) -> None:
-        await self._release([generation for generation in self._running if generation.left])
-
-    async def _release(self, generations: Sequence[Generation]) -> None:
-        if not generations:
-            return
-        self._running = [generation for generation in self._running if generation not in generations]
-        await self.home.release(generations)
-        if self._retry is not None:
-            self._retry.cancel()
-            self._look_again()
-
-    async def _step(self) -> None:
-        work = plan_step(self._running, self._limits.rows)
-        metrics.STEP_ROWS.observe(sum(piece.rows for piece in work))
-        await self._keep({piece.generation for piece in work})
-        await self._compute([piece for piece in work if piece.generation in self._running])
-
-    async def _compute(self, work: Sequence[Work]) -> None:
-        try:
-            drawn, provenance = await self.home.step(work)
-        except NotFinite as error:
-            await self._one_by_one(work, error)
-            return
-        except HomeLost:
-            lost, self._running = self._running, []
-            await self.home.release(lost)
-            self._lost(lost)
-            return
-        except MeshError as error:
-            await self._fail(error)
-            return
-        tokens = iter(drawn)
-        ended = []
-        for piece in work:
-            piece.generation.cached += piece.rows
-            piece.generation.witnesses.add(provenance)
-            if piece.draws and piece.generation.add(next(tokens), provenance.route):
-                ended.append(piece.generation)
-        await self._release(ended)
-
-    async def _one_by_one(self, work: Sequence[Work], error: NotFinite) -> None:
-        """Finds whose numbers are not finite, so that nobody else has to suffer for it; a step may be repeated."""
-        if len(work) == 1:
-            work[0].generation.fail(error)
-            await self._release([work[0].generation])
-            return
-        for piece in work:
-            if piece.generation in self._running:
-                await self._compute([piece])
-
-    async def _keep(self, heard: set[Generation]) -> None:
-        """Speaks of sequences that have no part in the next step, lest they are forgotten."""
-        now_s = time.monotonic()
-        for generation in heard:
-            generation.heard_s = now_s
-        for generation in [one for one in self._running if now_s - one.heard_s > KEEP_EVERY_S]:
-            generation.heard_s = now_s
-            try:
-                await self.home.open(generation)
-            except MeshError:  # it was forgotten, and others have its room
-                self._running.remove(generation)
-                self._lost([generation])
-
-    def _lost(self, generations: Sequence[Generation]) -> None:
-        again = []
-        for generation in generations:
-            generation.restart()
-            if generation.rebuilds > MAX_REBUILDS:
-                generation.fail(Unavailable("its KV cache was lost again and again", "gating"))
-            elif not generation.left:
-                again.append(generation)
-        self._scheduler.give_back(again)
-
-    async def _fail(self, error: MeshError) -> None:
-        failed = self._running
-        for generation in failed:
-            generation.fail(error)
-        await self._release(failed)

@@ -38,7 +38,7 @@ def plan_step(running: Sequence[Generation], rows: int) -> list[Work]:
     least, so that a short request that has just come joins this step, however long the prompts before it are.
 
     Args:
-        running: The sequences at one home, oldest first, not more than `rows`.
+        running: The sequences that may take part, oldest first, not more than `rows`.
         rows: Most token rows in the step.
 
     Returns:
@@ -59,3 +59,24 @@ def plan_step(running: Sequence[Generation], rows: int) -> list[Work]:
     return work + [
         Work(generation, chunk, chunk == generation.missing) for generation, chunk in generation2chunk.items() if chunk
     ]
+
+
+def plan_share(idle: Sequence[Generation], running: int, missing: int, steps: int, rows: int) -> list[Work]:
+    """What shares the next step, where so many steps are to be under way: its fair share of sequences and of rows.
+
+    Of those that are free whoever had no step for the longest time comes first, so that nobody waits for ever.
+
+    Args:
+        idle: The sequences that are in no step, oldest first; at least one.
+        running: How many sequences there are, in steps or not.
+        missing: Tokens that all of these miss.
+        steps: How many steps are to be under way.
+        rows: Most token rows in a step.
+    """
+    steps = min(steps, running)
+    most = min(rows, -(-running // steps))
+    taken = idle
+    if len(idle) > most:
+        chosen = set(sorted(idle, key=lambda one: one.stepped)[:most])
+        taken = [generation for generation in idle if generation in chosen]
+    return plan_step(taken, min(rows, max(len(taken), -(-missing // steps))))

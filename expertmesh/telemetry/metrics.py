@@ -37,12 +37,23 @@ GENERATIONS = Gauge("expertmesh_generations", "Sequences that generate, by wheth
 GENERATED_TOKENS = Counter("expertmesh_generated_tokens", "Tokens generated, by the route that served them.", ["route"])
 REBUILDS = Counter("expertmesh_rebuilds", "Sequences computed anew, since what was cached of them was lost.")
 FIRST_TOKEN_SECONDS = Histogram(
-    "expertmesh_first_token_seconds", "From a prompt's arrival to its first token.", buckets=SECONDS
+    "expertmesh_first_token_seconds",
+    "From a request's arrival to its first token, by the route that served it.",
+    ["route"],
+    buckets=SECONDS,
 )
-NEXT_TOKEN_SECONDS = Histogram("expertmesh_next_token_seconds", "From one token to the next.", buckets=SECONDS)
+NEXT_TOKEN_SECONDS = Histogram(
+    "expertmesh_next_token_seconds", "From one token to the next, by route.", ["route"], buckets=SECONDS
+)
 STEP_ROWS = Histogram(
     "expertmesh_step_rows", "Token rows that shared a step.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 )
+SHED = Counter(
+    "expertmesh_shed",
+    "What was refused: the queue was full, the answer would have been late, or it waited too long and was dropped.",
+    ["queue", "reason"],
+)
+UNDER_WAY = Gauge("expertmesh_under_way", "Passes and steps that are computed just now.", ["kind"])
 REPLICA_EVENTS = Counter("expertmesh_replica_events", "What happened to replicas.", ["service", "event"])
 REPLICAS_LIVE = Gauge("expertmesh_replicas_live", "Replicas that are verified and answer.", ["service"])
 

@@ -6,6 +6,7 @@ The endpoint, headers and sampling are OpenTelemetry's own environment variables
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT
 def is_configured() -> bool:
     """Whether an OTLP endpoint is named in the environment."""
     return any(os.environ.get(name) for name in _ENDPOINTS)
+
+
+_is_on = functools.cache(is_configured)  # looked up for every piece of work; it does not change once a program runs
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def start(service: str) -> Tracing:
 @contextmanager
 def span(name: str, links: Sequence[Any] = (), **attributes: Any) -> Iterator[None]:
     """A span around a piece of work, a child of the current one."""
-    if not is_configured():
+    if not _is_on():
         yield
         return
     from opentelemetry import trace
@@ -104,7 +108,7 @@ def span(name: str, links: Sequence[Any] = (), **attributes: Any) -> Iterator[No
 @contextmanager
 def http_span(name: str, headers: Mapping[str, str]) -> Iterator[None]:
     """The span of an HTTP request, a child of what its `traceparent` header names."""
-    if not is_configured():
+    if not _is_on():
         yield
         return
     from opentelemetry import propagate, trace
@@ -117,7 +121,7 @@ def http_span(name: str, headers: Mapping[str, str]) -> Iterator[None]:
 
 def current() -> Any:
     """The current span's context, for a link from other work; None when tracing is off."""
-    if not is_configured():
+    if not _is_on():
         return None
     from opentelemetry import trace
 

@@ -64,7 +64,7 @@ def _classifier(stage: Stage, settings: FullModelSettings) -> tuple[list[Service
 
 def _language(stage: Stage, settings: FullModelSettings) -> tuple[list[Servicer], AbstractAsyncContextManager[None]]:
     leases = make_leases(stage, settings.kv_tokens, math.inf)
-    limits = StepLimits(settings.step_rows, settings.step_sequences, settings.waiting_texts)
+    limits = StepLimits(settings.step_rows, settings.step_sequences, settings.waiting_texts, micro_batches=1)
     tokens = LocalTokens(stage.spec.embedding.vocab, LocalHome(stage, leases), limits)
     tokenizer = TokenizerServicer(load_tokenizer(stage.loader.folder, stage.loader.manifest), stage.spec)
     generator = Generator(stage.spec, tokens, LocalTokenizing(tokenizer))

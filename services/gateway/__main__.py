@@ -39,10 +39,11 @@ class GatewaySettings(Settings):
     http: str = setting("HTTP address: HOST:PORT (port 0: a free one); empty for none", "127.0.0.1:0")
     inspect: bool = setting("offer InspectionService, which shows hidden states", False)
     pass_texts: int = setting("most texts that share a pass", 64)
-    passes: int = setting("most passes under way at once; 1 shares most, more overlap on devices of their own", 1)
+    passes: int = setting("passes under way at once; 0 finds out how many are fastest", 0)
     waiting_texts: int = setting("most texts that wait; more are refused", 8192)
     step_rows: int = setting("most token rows that share a step of generation", 256)
     step_sequences: int = setting("most sequences that generate at once at one gating replica", 128)
+    micro_batches: int = setting("steps under way at once at one gating replica; 0 finds out how many are fastest", 0)
     wire_dtype: str = setting(
         "what rows travel to experts in: float32, float16 or bfloat16; by default the model's own, which is exact", ""
     )
@@ -53,10 +54,11 @@ class GatewaySettings(Settings):
         if self.http:
             parse_host_port(self.http, "http")
         check(self.pass_texts >= 1, "pass_texts must be at least 1")
-        check(self.passes >= 1, "passes must be at least 1")
+        check(self.passes >= 0, "passes must be at least 0")
         check(self.waiting_texts >= 1, "waiting_texts must be at least 1")
         check(self.step_rows >= 1, "step_rows must be at least 1")
         check(self.step_sequences >= 1, "step_sequences must be at least 1")
+        check(self.micro_batches >= 0, "micro_batches must be at least 0")
         known = ", ".join(ROW_DTYPES)
         check(self.wire_dtype in ("", *ROW_DTYPES), f"wire_dtype {self.wire_dtype!r} is not one of {known}")
         check(0 <= self.settle_s <= 3600, "settle_s must be in [0, 3600]")
@@ -114,7 +116,8 @@ def _classifier(settings: GatewaySettings, mesh: Mesh) -> _Offer:
 
 
 def _language(settings: GatewaySettings, mesh: Mesh) -> _Offer:
-    tokens = RoutedTokens(mesh, StepLimits(settings.step_rows, settings.step_sequences, settings.waiting_texts))
+    limits = StepLimits(settings.step_rows, settings.step_sequences, settings.waiting_texts, settings.micro_batches)
+    tokens = RoutedTokens(mesh, limits)
     generator = Generator(mesh.manifest.spec, tokens, RoutedTokenizing(mesh))
     inference = InferenceServicer(mesh.manifest.spec, generator=generator)
     servicers = [inference.registration()]

@@ -18,7 +18,7 @@ from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.errors import SetupError, Unavailable
 from expertmesh.mesh_file import MeshFile, Service, parse_experts
 from expertmesh.rpc.channel import open_channel
-from expertmesh.rpc.link import Link
+from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.replica import ReplicaEvent, require_parts
 from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.telemetry import metrics
@@ -89,7 +89,7 @@ class Mesh:
         gated_bytes = 8 * manifest.spec.width + 8 * manifest.spec.router.top_k + PLACE_BYTES
         self.step_rows = max(1, self.message_bytes // gated_bytes)
         self._connect = partial(open_channel, max_message_bytes=max_message_bytes, tracing=tracing)
-        self._link = partial(Link, tracing=tracing, max_message_bytes=max_message_bytes)
+        self._link = partial(LinkChannel, tracing=tracing, max_message_bytes=max_message_bytes)
         self.tokenizer = self._single(mesh_file, "tokenizer", manifest.tokenizer_parts())
         self.embedding = self._single(mesh_file, "embedding", [names.embedding_part()])
         self.gating = self._single(mesh_file, "gating", map(names.gating_part, range(manifest.spec.layers)))

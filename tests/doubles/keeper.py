@@ -63,6 +63,9 @@ class Keeper:
         self.turns = asyncio.Semaphore(10**6)
         self.arrived = asyncio.Event()
         self.fails: list[BaseException] = []
+        self.at_work: list[list[Work]] = []
+        self.most_at_work = 0
+        self.lasts = 0  # turns of the event loop that a step takes
 
     async def open(self, generation: Generation) -> None:
         if not self.is_live:
@@ -82,8 +85,17 @@ class Keeper:
 
     async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
         self.steps.append(list(work))
+        others = {piece.generation for step in self.at_work for piece in step}
+        assert others.isdisjoint(piece.generation for piece in work), "a sequence is in two steps"
+        self.at_work.append(list(work))
+        self.most_at_work = max(self.most_at_work, len(self.at_work))
         self.arrived.set()
-        await self.turns.acquire()
+        try:
+            for _ in range(self.lasts):
+                await asyncio.sleep(0)
+            await self.turns.acquire()
+        finally:
+            self.at_work.remove(list(work))
         if self.fails:
             raise self.fails.pop(0)
         if any(POISON in piece.ids for piece in work):

@@ -1,0 +1,210 @@
+"""The caller's side of a link, which stubs take in place of a gRPC channel.
+
+It does not retry, balance or reconnect by itself; see `rpc.replica` for who does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from expertmesh.errors import DeadlineExceeded, MeshError, Unavailable
+from expertmesh.rpc import request_id
+from expertmesh.rpc.errors import STATUSES, from_status
+from expertmesh.rpc.link import socket
+from expertmesh.rpc.link.frames import Connection
+from expertmesh.rpc.link.stream import StreamConnection
+from expertmesh.rpc.origin import Origin
+from expertmesh.rpc.settings import LINK_SUFFIX
+from expertmesh.telemetry.tracing import OFF, Tracing
+from expertmesh.v1.description_pb2 import DescribeResponse
+from expertmesh.v1.link_pb2 import LinkRequest, LinkResponse
+from expertmesh.v1.link_pb2_grpc import LinkServiceStub
+
+FRAME_BYTES = 1024  # room for what a frame has beside its message
+Parse = Callable[[Any], Any]
+Call = Callable[[Any, float], Any]
+
+
+class LinkChannel:
+    """A connection to one process, made anew by `open` whenever the last one has ended.
+
+    Args:
+        address: Of the process; a neighbour's is `unix:PATH`.
+        channel: To the same.
+        service: What it is called in errors.
+        tracing: Carries trace context on every call.
+        max_message_bytes: Largest message, in both directions.
+
+    Attributes:
+        origin: What process is at the other end.
+        ended: Set while there is no connection.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        channel: grpc.aio.Channel,
+        service: str,
+        tracing: Tracing = OFF,
+        max_message_bytes: int = 64 * 2**20,
+    ) -> None:
+        self._address, self._channel, self._service = address, channel, service
+        self._tracing = tracing
+        self._max_message_bytes = max_message_bytes
+        self._numbers = count(1)
+        self._pending: dict[int, tuple[asyncio.Future[Any], Parse]] = {}
+        self._connection: Connection | None = None
+        self._stream: asyncio.Task[None] | None = None
+        self._introduced: asyncio.Future[None] | None = None
+        self.origin = Origin("", "")
+        self.ended = asyncio.Event()
+        self.ended.set()
+
+    async def open(self, timeout_s: float) -> None:
+        """Connects and hears who is at the other end.
+
+        Raises:
+            Unavailable: Nobody answers, or not in time.
+        """
+        await self.close()
+        self._introduced = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await (self._open_socket() if self._address.startswith("unix:") else self._open_stream())
+                await self._introduced
+        except (TimeoutError, OSError, MeshError):
+            await self.close()
+            raise Unavailable(f"{self._service} offers links and takes none", self._service) from None
+        self.ended.clear()
+
+    async def close(self) -> None:
+        """Ends the connection; what is under way fails."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._stream is not None:
+            self._stream.cancel()
+            await asyncio.gather(self._stream, return_exceptions=True)
+        self._end()
+
+    def unary_unary(
+        self,
+        method: str,
+        request_serializer: Callable[[Any], bytes],
+        response_deserializer: Parse,
+        _registered_method: bool = False,
+    ) -> Call:
+        """One method, as stubs ask a channel for it."""
+
+        async def call(request: Any, timeout_s: float) -> Any:
+            return await self._call(method, request_serializer(request), response_deserializer, timeout_s)
+
+        return call
+
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
+        """A method with a stream of replies, which has a call of its own."""
+        return self._channel.unary_stream(*args, **kwargs)
+
+    async def _call(self, method: str, message: bytes, parse: Parse, timeout_s: float) -> Any:
+        """Makes one call; gives its reply, None if that cannot be parsed.
+
+        Raises:
+            Unavailable: The connection has ended.
+            DeadlineExceeded: The reply did not come in time.
+            MeshError: The other side refused the call.
+        """
+        connection = self._connection
+        if connection is None or self.ended.is_set():
+            raise Unavailable(f"{self._service} does not answer", self._service)
+        if len(message) > self._max_message_bytes - FRAME_BYTES:
+            raise from_status(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"a message of {len(message)} bytes is too large",
+                b"",
+                self._service,
+            )
+        loop = asyncio.get_running_loop()
+        number = next(self._numbers)
+        reply: asyncio.Future[Any] = loop.create_future()
+        self._pending[number] = reply, parse
+        timer = loop.call_later(timeout_s, _expire, reply)
+        head = LinkRequest(call=number, method=method, timeout_us=int(timeout_s * 1e6), request_id=request_id.current())
+        try:
+            if not self._tracing.is_on:
+                connection.send(head, message)
+                return await reply
+            with self._tracing.client_span(method) as trace:
+                head.trace.update(trace)
+                connection.send(head, message)
+                return await reply
+        except (asyncio.CancelledError, DeadlineExceeded):
+            connection.send(LinkRequest(call=number), b"")  # nobody waits for it any more
+            raise
+        finally:
+            timer.cancel()
+            self._pending.pop(number, None)
+
+    async def _open_socket(self) -> None:
+        path = self._address.removeprefix("unix:") + LINK_SUFFIX
+        self._connection = await socket.connect(path, LinkResponse, self._take, self._end, self._max_message_bytes)
+
+    async def _open_stream(self) -> None:
+        call = LinkServiceStub(self._channel).Link()
+        connection = StreamConnection(call, self._take, self._end)
+        self._connection = connection
+
+        async def run() -> None:
+            try:
+                await connection.run()
+            finally:
+                call.cancel()  # a stream that nobody reads any more is not ended by itself
+
+        self._stream = asyncio.create_task(run())
+
+    def _take(self, head: LinkResponse, message: bytes | memoryview) -> None:
+        """Gives a reply to whoever waits for it."""
+        if not head.call:
+            self._meet(message)
+            return
+        reply, parse = self._pending.get(head.call, (None, None))
+        if reply is None or parse is None or reply.done():
+            return
+        if head.code:
+            code = STATUSES.get(head.code, grpc.StatusCode.UNKNOWN)
+            reply.set_exception(from_status(code, head.text, head.details, self._service))
+            return
+        try:
+            reply.set_result(parse(message))
+        except DecodeError:
+            reply.set_result(None)
+
+    def _meet(self, message: bytes | memoryview) -> None:
+        if self._introduced is None or self._introduced.done():
+            return
+        try:
+            self.origin = Origin.of_description(DescribeResponse.FromString(bytes(message)))
+            self._introduced.set_result(None)
+        except DecodeError:
+            self._introduced.set_exception(Unavailable("it cannot be understood", self._service))
+
+    def _end(self) -> None:
+        self._connection = None
+        self.ended.set()
+        gone = Unavailable(f"{self._service} does not answer", self._service)
+        if self._introduced is not None and not self._introduced.done():
+            self._introduced.set_exception(gone)
+            self._introduced.exception()  # whoever opened it may have left already
+        for reply, _ in list(self._pending.values()):
+            if not reply.done():
+                reply.set_exception(gone)
+
+
+def _expire(reply: asyncio.Future[Any]) -> None:
+    if not reply.done():
+        reply.set_exception(DeadlineExceeded("the deadline has passed"))

@@ -1,0 +1,213 @@
+"""The other side of a link: calls that come over it are served as if each had come by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from expertmesh.errors import InvalidInput, Overloaded
+from expertmesh.rpc import request_id
+from expertmesh.rpc.guard import Failure, Guard
+from expertmesh.rpc.interceptor import parsed
+from expertmesh.rpc.link import socket
+from expertmesh.rpc.link.channel import FRAME_BYTES
+from expertmesh.rpc.link.frames import Connection
+from expertmesh.rpc.link.stream import StreamConnection
+from expertmesh.rpc.settings import LINK_SUFFIX
+from expertmesh.telemetry.tracing import OFF, Tracing
+from expertmesh.v1 import link_pb2
+from expertmesh.v1.description_pb2 import DescribeResponse
+from expertmesh.v1.link_pb2 import LinkRequest, LinkResponse
+
+MOST_CALLS = 1024  # under way on one link
+Answer = Callable[[LinkRequest, Any], Awaitable["bytes | Failure"]]
+
+
+class LinkContext:
+    """What a method may ask of a call that came over a link."""
+
+    def __init__(self, timeout_us: int) -> None:
+        self._ends_s = time.monotonic() + timeout_us / 1e6
+
+    def time_remaining(self) -> float:
+        """Seconds that the caller still waits."""
+        return max(0.0, self._ends_s - time.monotonic())
+
+
+class LinkServicer:
+    """Serves the unary methods of a program over links; generated `add_…_to_server` take it for a server.
+
+    Args:
+        guard: What stands around every call.
+        tracing: Takes trace context over from every call.
+        max_message_bytes: Largest message, in both directions.
+    """
+
+    def __init__(self, guard: Guard, tracing: Tracing = OFF, max_message_bytes: int = 64 * 2**20) -> None:
+        self._guard = guard
+        self._tracing = tracing
+        self._max_message_bytes = max_message_bytes
+        self._path2handler: dict[str, grpc.RpcMethodHandler] = {}
+        self._links: set[_Calls] = set()
+        self._draining = False
+        self.description = DescribeResponse()
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
+        """As a server has it; what follows says the same by name."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]) -> None:
+        """Takes the unary methods of a service."""
+        for name, handler in handlers.items():
+            if not handler.request_streaming and not handler.response_streaming:
+                self._path2handler[f"/{service}/{name}"] = handler
+
+    def add_to_server(self, server: grpc.aio.Server) -> str:
+        """Offers links over streams of a gRPC server; gives the name of the service."""
+        name: str = link_pb2.DESCRIPTOR.services_by_name["LinkService"].full_name
+        handler = grpc.stream_stream_rpc_method_handler(self.Link, _parse_or_none, LinkResponse.SerializeToString)
+        server.add_registered_method_handlers(name, {"Link": handler})
+        return name
+
+    @asynccontextmanager
+    async def listening(self, listen: str) -> AsyncIterator[None]:
+        """Offers links to neighbours, beside the address that gRPC listens on, while the context is open."""
+        if not listen.startswith("unix:"):
+            yield
+            return
+        async with socket.listening(listen.removeprefix("unix:") + LINK_SUFFIX, self._accept):
+            yield
+
+    def drain(self) -> None:
+        """Takes no more calls; links end when what is under way on them is done."""
+        self._draining = True
+        for calls in list(self._links):
+            calls.settle()
+
+    async def Link(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+        """One link over a stream."""
+        calls = _Calls(self._path2handler, self._answer)
+        stream = StreamConnection(context, calls.take, calls.end)
+        self._begin(calls, stream)
+        try:
+            await stream.run()
+        finally:
+            self._links.discard(calls)
+
+    def _accept(self) -> socket.SocketConnection:
+        """One link over a socket."""
+        calls = _Calls(self._path2handler, self._answer)
+
+        def begin() -> None:
+            self._begin(calls, connection)
+
+        def end() -> None:
+            self._links.discard(calls)
+            calls.end()
+
+        connection = socket.SocketConnection(LinkRequest, calls.take, end, self._max_message_bytes, begin)
+        return connection
+
+    def _begin(self, calls: _Calls, connection: Connection) -> None:
+        self._links.add(calls)
+        calls.connection = connection
+        connection.send(LinkResponse(), self.description.SerializeToString())
+        if self._draining:
+            calls.settle()
+
+    async def _answer(self, request: LinkRequest, message: Any) -> bytes | Failure:
+        request_id.take_over(request.request_id)
+        if not self._tracing.is_on:
+            return await self._guard.run(request.method, self._reply(request, message))
+        with self._tracing.server_span(request.method, request.trace):
+            return await self._guard.run(request.method, self._reply(request, message))
+
+    async def _reply(self, request: LinkRequest, message: Any) -> bytes:
+        if isinstance(message, InvalidInput):
+            raise message
+        handler = self._path2handler[request.method]
+        reply = await handler.unary_unary(message, LinkContext(request.timeout_us))
+        data: bytes = handler.response_serializer(reply)
+        if len(data) > self._max_message_bytes - FRAME_BYTES:
+            raise Overloaded(f"a reply of {len(data)} bytes is too large")
+        return data
+
+
+class _Calls:
+    """The calls of one link.
+
+    Args:
+        path2handler: The methods there are.
+        answer: Serves a call; is given what the message holds, or the error that it could not be read.
+    """
+
+    def __init__(self, path2handler: Mapping[str, grpc.RpcMethodHandler], answer: Answer) -> None:
+        self._path2handler, self._answer = path2handler, answer
+        self._under_way: dict[int, asyncio.Task[None]] = {}
+        self._settling = False
+        self.connection: Connection | None = None
+
+    def take(self, request: LinkRequest, message: bytes | memoryview) -> None:
+        """Starts a call, or cancels one."""
+        under_way = self._under_way.get(request.call)
+        if not request.method or under_way is not None:
+            if under_way is not None:
+                under_way.cancel()
+        elif self._settling:
+            self._send(request.call, _refusal(grpc.StatusCode.UNAVAILABLE, "it is stopping"))
+        elif len(self._under_way) >= MOST_CALLS:
+            self._send(request.call, _refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls at once"))
+        elif (handler := self._path2handler.get(request.method)) is None:
+            self._send(request.call, _refusal(grpc.StatusCode.UNIMPLEMENTED, "there is no such method"))
+        else:
+            try:
+                read = parsed(message, handler.request_deserializer)
+            except InvalidInput as error:
+                read = error
+            self._under_way[request.call] = asyncio.create_task(self._serve(request, read))
+
+    def settle(self) -> None:
+        """Ends the link as soon as no call is under way."""
+        self._settling = True
+        if not self._under_way and self.connection is not None:
+            self.connection.close()
+
+    def end(self) -> None:
+        """Cancels what is under way, since nobody is there to hear of it."""
+        self.connection = None
+        for task in list(self._under_way.values()):
+            task.cancel()
+
+    async def _serve(self, request: LinkRequest, message: Any) -> None:
+        try:
+            self._send(request.call, await self._answer(request, message))
+        finally:
+            self._under_way.pop(request.call, None)
+            if self._settling:
+                self.settle()
+
+    def _send(self, call: int, outcome: bytes | Failure) -> None:
+        if self.connection is None:
+            return
+        if isinstance(outcome, Failure):
+            code: int = outcome.code.value[0]
+            self.connection.send(LinkResponse(call=call, code=code, text=outcome.text, details=outcome.details), b"")
+        else:
+            self.connection.send(LinkResponse(call=call), outcome)
+
+
+def _refusal(code: grpc.StatusCode, text: str) -> Failure:
+    return Failure(code, text)
+
+
+def _parse_or_none(data: bytes) -> LinkRequest | None:
+    """A frame; None, which ends the stream, for one that is damaged: gRPC would tell its peer the exception's text."""
+    try:
+        return LinkRequest.FromString(data)
+    except ValueError:
+        return None

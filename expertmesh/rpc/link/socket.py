@@ -1,0 +1,143 @@
+"""Links between neighbours: frames over a unix socket.
+
+A frame is two lengths, the serialised `LinkRequest` or `LinkResponse` without its message, and the message. So a
+message is neither copied into another one nor parsed twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from struct import Struct
+from typing import Any, cast
+
+from google.protobuf.message import DecodeError
+
+from expertmesh.rpc.link.frames import Heads, OnEnd, OnFrame
+
+MOST_HEAD_BYTES = 2**16
+_LENGTHS = Struct("<II")
+_FIRST_BUFFER_BYTES = 2**17
+_SOCKET_BUFFER_BYTES = 2**20
+
+
+class SocketConnection(asyncio.BufferedProtocol):
+    """One end of a connection.
+
+    Args:
+        heads: What comes in front of messages from the other side.
+        on_frame: Is given every frame; its message is gone when it returns.
+        on_end: Is told once that the connection has ended.
+        max_message_bytes: Largest message that is taken; whoever sends a larger one is cut off.
+        on_open: Is told that frames can be sent.
+    """
+
+    def __init__(
+        self,
+        heads: Heads,
+        on_frame: OnFrame,
+        on_end: OnEnd,
+        max_message_bytes: int,
+        on_open: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_open = on_open
+        self._parse, self._on_frame, self._on_end = heads.FromString, on_frame, on_end
+        self._most_bytes = max_message_bytes
+        self._buffer = bytearray(_FIRST_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._filled = 0
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """As asyncio has it."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=2**26)
+        own: socket.socket = transport.get_extra_info("socket")
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            own.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
+        self._on_open()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """As asyncio has it."""
+        self._transport = None
+        self._on_end()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the next bytes go."""
+        return self._view[self._filled :]
+
+    def buffer_updated(self, count: int) -> None:
+        """Hands on the frames that are whole."""
+        self._filled += count
+        start = 0
+        while self._filled - start >= _LENGTHS.size:
+            head_bytes, message_bytes = _LENGTHS.unpack_from(self._buffer, start)
+            if head_bytes > MOST_HEAD_BYTES or message_bytes > self._most_bytes:
+                self.close()
+                return
+            head_at = start + _LENGTHS.size
+            message_at = head_at + head_bytes
+            end = message_at + message_bytes
+            if end > self._filled:
+                self._make_room(start, end - start)
+                return
+            try:
+                head = self._parse(self._view[head_at:message_at])
+            except DecodeError:
+                self.close()
+                return
+            self._on_frame(head, self._view[message_at:end])
+            start = end
+        self._make_room(start, _LENGTHS.size)
+
+    def send(self, head: Any, message: bytes) -> None:
+        """Sends a frame; one that nobody is there to receive is dropped."""
+        if self._transport is not None:
+            data: bytes = head.SerializeToString()
+            self._transport.write(b"".join((_LENGTHS.pack(len(data), len(message)), data, message)))
+
+    def close(self) -> None:
+        """Ends the connection, what has been sent being delivered first."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _make_room(self, start: int, needed: int) -> None:
+        """Moves what is left to the front of a buffer in which a frame of so many bytes fits."""
+        left = self._filled - start
+        if needed > len(self._buffer):
+            buffer = bytearray(needed + _FIRST_BUFFER_BYTES)
+            buffer[:left] = self._view[start : self._filled]
+            self._buffer, self._view = buffer, memoryview(buffer)
+        elif start and left:
+            self._view[:left] = bytes(self._view[start : self._filled])
+        self._filled = left
+
+
+async def connect(
+    path: str, heads: Heads, on_frame: OnFrame, on_end: OnEnd, max_message_bytes: int
+) -> SocketConnection:
+    """Connects to a neighbour.
+
+    Raises:
+        OSError: Nobody listens there.
+    """
+    _, connection = await asyncio.get_running_loop().create_unix_connection(
+        lambda: SocketConnection(heads, on_frame, on_end, max_message_bytes), path
+    )
+    return connection
+
+
+@asynccontextmanager
+async def listening(path: str, accept: Callable[[], SocketConnection]) -> AsyncIterator[None]:
+    """Takes connections at a path while the context is open; only this user may connect."""
+    server = await asyncio.get_running_loop().create_unix_server(accept, path)
+    os.chmod(path, 0o600)
+    try:
+        yield
+    finally:
+        server.close()
+        with suppress(FileNotFoundError):
+            os.unlink(path)

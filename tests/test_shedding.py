@@ -1,0 +1,225 @@
+"""Load, in simulated time, that is many times what can be served."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertmesh.errors import DeadlineExceeded, Overloaded
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.serving.batcher import Batcher, Limits
+from expertmesh.serving.passes import Provenance
+from expertmesh.serving.scheduler import StepLimits
+from expertmesh.serving.shedding import PATIENCE, Smoothed
+from expertmesh.serving.steps import Work
+from expertmesh.telemetry import metrics
+from expertmesh.v1.sampling_pb2 import TokenLogprobs
+from tests.doubles.keeper import Keeper, drawn, scheduling, wish
+from tests.doubles.simulated_time import run_simulated
+
+LOAD_S = 12.0
+PATIENT_S = 2.0
+
+
+@dataclass
+class Outcome:
+    """What became of the calls of one run."""
+
+    ends: Counter[type] = field(default_factory=Counter)
+    took_s: list[float] = field(default_factory=list)  # of those that were answered
+    refused_s: list[float] = field(default_factory=list)  # until a refusal
+    retries_s: list[float] = field(default_factory=list)
+    late_s: list[float] = field(default_factory=list)  # how long after its deadline one ended
+
+    @property
+    def good(self) -> int:
+        return len(self.took_s)
+
+
+async def _call(outcome: Outcome, one: Callable[[], Awaitable[object]], timeout_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    came_s = loop.time()
+    try:
+        await one()
+    except Overloaded as error:
+        outcome.ends[Overloaded] += 1
+        outcome.refused_s.append(loop.time() - came_s)
+        outcome.retries_s.append(error.retry_after_s)
+    except DeadlineExceeded:
+        outcome.ends[DeadlineExceeded] += 1
+        assert loop.time() - came_s >= timeout_s - 1e-6  # only if it really passed
+    else:
+        outcome.took_s.append(loop.time() - came_s)
+    outcome.late_s.append(loop.time() - came_s - timeout_s)
+
+
+async def _arrivals(per_s: float, seed: int, one: Callable[[float], Awaitable[object]], seconds: float) -> Outcome:
+    outcome = Outcome()
+    dice = random.Random(seed)
+    loop = asyncio.get_running_loop()
+    for _ in range(3):  # so that something was measured
+        await one(10 * PATIENT_S)
+    stop_s, tasks = loop.time() + seconds, []
+    while loop.time() < stop_s:
+        await asyncio.sleep(dice.expovariate(per_s))
+        timeout_s = PATIENT_S * (0.5 + dice.random())
+        tasks.append(asyncio.create_task(_call(outcome, lambda timeout_s=timeout_s: one(timeout_s), timeout_s)))  # type: ignore[misc]
+    await asyncio.gather(*tasks)
+    return outcome
+
+
+def passes(factor: float, seed: int, noise: float, limits: Limits, seconds: float = LOAD_S) -> Outcome:
+    """Texts that come so many times as fast as they can be computed: 8 in 0.1 s."""
+    dice = random.Random(seed)
+
+    async def run_pass(work: list[int], deadline: Deadline) -> Sequence[int]:
+        await asyncio.sleep((0.02 + 0.01 * len(work)) * (1 + noise * dice.random()))
+        return work
+
+    async def main() -> Outcome:
+        batcher: Batcher[int, int] = Batcher(run_pass, limits)
+
+        async def one(timeout_s: float) -> object:
+            return await batcher.submit([1], Deadline.after(timeout_s))
+
+        return await _arrivals(factor * 80 * limits.passes / (1 + noise / 2), seed, one, seconds)
+
+    return run_simulated(main())
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize("limits", [Limits(pass_texts=8, passes=1), Limits(pass_texts=8, passes=2)])
+def test_passes_answer_as_much_at_ten_times_the_load(noise: float, limits: Limits) -> None:
+    peak = max(passes(factor, 1, noise, limits).good for factor in (0.9, 1.1, 1.3))
+    over = passes(10, 1, noise, limits)
+    assert over.good >= 0.9 * peak
+    assert over.ends[DeadlineExceeded] <= 0.05 * over.good  # of the first few, when little was known
+    assert max(over.late_s) < 0.01
+    assert median(over.refused_s) == 0  # at once
+    assert all(0 < retry_s < 10 for retry_s in over.retries_s)
+
+
+def test_nobody_is_refused_whom_there_is_time_for() -> None:
+    calm = passes(0.7, 2, 0.5, Limits(pass_texts=8, passes=1))
+    assert set(calm.ends) == set()
+    assert calm.good > 400
+
+
+class Station(Keeper):
+    """Takes its time for steps: a fixed part, and some for each row."""
+
+    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+        await asyncio.sleep(0.012 + 0.001 * sum(piece.rows for piece in work))
+        return await super().step(work)
+
+
+def generations(factor: float, seed: int, room: int = 8) -> Outcome:
+    """Sequences of 20 tokens that come so many times as fast as they can be computed: 8 at once in about 0.4 s."""
+
+    async def main() -> Outcome:
+        home = Station(room)
+        async with scheduling(home, limits=StepLimits(sequences=8, micro_batches=1)) as scheduler:
+
+            async def one(timeout_s: float) -> object:
+                return await drawn(scheduler, wish(8, 20, wait_s=timeout_s))
+
+            outcome = await _arrivals(factor * 18, seed, one, LOAD_S)
+            assert not home.cached
+            return outcome
+
+    return run_simulated(main())
+
+
+@pytest.mark.parametrize("room", [8, 6])
+def test_generation_answers_as_much_at_ten_times_the_load(room: int) -> None:
+    peak = max(generations(factor, 1, room).good for factor in (0.7, 0.9, 1.1))
+    over = generations(10, 1, room)
+    assert over.good >= 0.9 * peak
+    assert over.ends[DeadlineExceeded] <= 0.05 * over.good  # of the first few, when little was known
+    assert max(over.late_s) < 0.01
+    assert median(over.refused_s) == 0
+
+
+def test_no_sequence_is_refused_for_which_there_is_time() -> None:
+    calm = generations(0.6, 2)
+    assert set(calm.ends) == set()
+    assert calm.good > 100
+
+
+def test_a_burst_at_the_start_is_never_refused() -> None:
+    async def main() -> list[object]:
+        async with scheduling(Station(), limits=StepLimits(sequences=4)) as scheduler:
+            asked = [drawn(scheduler, wish(8, 20, wait_s=2.0)) for _ in range(60)]
+            return list(await asyncio.gather(*asked, return_exceptions=True))
+
+    ends = Counter(type(one) for one in run_simulated(main()))
+    assert ends[list] >= 8
+    assert ends[DeadlineExceeded] > 0
+
+
+def test_one_slow_pass_does_not_refuse_for_ever() -> None:
+    async def run_pass(work: list[int], deadline: Deadline) -> Sequence[int]:
+        await asyncio.sleep(100.0 if 0 in work else 0.01)
+        return work
+
+    async def main() -> None:
+        batcher: Batcher[int, int] = Batcher(run_pass)
+        await batcher.submit([0], Deadline.after(1000))
+        for _ in range(10):
+            assert await batcher.submit([1], Deadline.after(1)) == [1]
+
+    run_simulated(main())
+
+
+def test_what_waited_too_long_is_dropped_for_those_that_can_make_it() -> None:
+    async def run_pass(work: list[int], deadline: Deadline) -> Sequence[int]:
+        await asyncio.sleep(1.8 if 1 in work else 0.1)
+        return work
+
+    async def main() -> list[object]:
+        batcher: Batcher[int, int] = Batcher(run_pass, Limits(pass_texts=1))
+        await batcher.submit([0], Deadline.after(10))
+        calls = []
+        for number, timeout_s in ((1, 10.0), (2, 1.9), (3, 10.0)):
+            calls.append(asyncio.create_task(batcher.submit([number], Deadline.after(timeout_s))))
+        return list(await asyncio.gather(*calls, return_exceptions=True))
+
+    before = metrics.SHED.labels("pass", "dropped")._value.get()
+    first, second, third = run_simulated(main())
+    assert first == [1]
+    assert isinstance(second, Overloaded)
+    assert second.retry_after_s > 0
+    assert third == [3]
+    assert metrics.SHED.labels("pass", "dropped")._value.get() == before + 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    factor=st.floats(0.2, 8),
+    noise=st.floats(0, 2),
+    seed=st.integers(0, 99),
+    passes_=st.integers(1, 3),
+    waiting=st.integers(1, 3000),
+)
+def test_every_call_ends_by_its_deadline(factor: float, noise: float, seed: int, passes_: int, waiting: int) -> None:
+    outcome = passes(factor, seed, noise, Limits(8, passes=passes_, waiting_texts=waiting), 2.0)
+    assert max(outcome.late_s) < 0.01
+
+
+def test_a_mean_follows() -> None:
+    mean = Smoothed()
+    assert mean.value is None
+    mean.add(10.0)
+    assert mean.value == 10.0
+    for _ in range(50):
+        mean.add(1.0)
+    assert mean.value == pytest.approx(1.0, abs=0.01)
+    assert 0 < PATIENCE < 1
