@@ -33,18 +33,18 @@ from expertmesh.v1.inference_pb2 import ROUTE_MESH
 SIMULATED = {"expert": "25+100"}
 REPLICAS = (1, 2, 4)
 # A pass is one step of an expert service in each layer, and there are enough of them for every replica.
-SATURATING_CALLERS, SATURATING = 32, {"passes": 8, "pass_texts": 4, "together_rows": 1}
+SATURATING_CALLERS, SATURATING = 48, {"passes": 12, "pass_texts": 4, "together_rows": 1}
 REPLICATED_SERVICES = 2  # few, so that two cores carry the messages of all replicas
 SIZES = {"8 experts in 8 services": (8, 8), "64 experts in 8 services": (64, 8), "64 experts in 64 services": (64, 64)}
 SIZE_CALLERS = 32
 CALLERS = (1, 64)
-LEAD_S = 1.5
+LEAD_S = 2.0
 CPU = "process_cpu_seconds_total"
 
 
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds of each contender.")] = 5,
-    seconds: Annotated[float, typer.Option(help="Seconds of each round.")] = 4.0,
+    seconds: Annotated[float, typer.Option(help="Seconds of each round.")] = 3.0,
     json_file: JsonFile = None,
 ) -> None:
     """Prints throughputs, the gateway's processor time, and ratios."""
