@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
-from prometheus_client import Histogram
+from prometheus_client import Counter, Histogram
 
 from expertmesh.errors import DeadlineExceeded, MeshError
 from expertmesh.rpc import request_id
@@ -44,7 +44,7 @@ class Guard:
 
     def __init__(self) -> None:
         self.origin: tuple[tuple[str, str], ...] = ()
-        self._method2seconds: dict[str, Histogram] = {}
+        self._counted: dict[tuple[str, grpc.StatusCode], tuple[Histogram, Counter]] = {}
 
     async def run(self, method: str, work: Awaitable[ResultT]) -> ResultT | Failure:
         """Awaits work; gives its result, or how it failed."""
@@ -68,10 +68,13 @@ class Guard:
     def count(self, method: str, code: grpc.StatusCode, started_s: float) -> None:
         """Takes down a call that has ended."""
         took_s = time.monotonic() - started_s
-        if method not in self._method2seconds:
-            self._method2seconds[method] = metrics.RPC_SECONDS.labels(method)
-        self._method2seconds[method].observe(took_s)
-        metrics.RPCS.labels(method, code.name).inc()
+        counted = self._counted.get((method, code))
+        if counted is None:
+            counted = metrics.RPC_SECONDS.labels(method), metrics.RPCS.labels(method, code.name)
+            self._counted[method, code] = counted
+        seconds, calls = counted
+        seconds.observe(took_s)
+        calls.inc()
         if is_logged(logging.DEBUG):
             told: dict[str, Any] = {"method": method, "code": code.name, "seconds": took_s}
             event("call", level=logging.DEBUG, **told, request=request_id.current())

@@ -1,6 +1,7 @@
 """Calls that wait together share a pass through the layers.
 
-A pass starts as soon as there is room for one; what arrives meanwhile waits and shares the next. Calls take turns, so
+A pass starts as soon as there is room for one, or a moment later where those that were just answered are about to come
+back (`returns`); what arrives meanwhile waits and shares the next. Calls take turns, so
 that one with a thousand texts does not hold up one with a single text; and the oldest has a turn in every pass, so that
 it is not held up for ever by those that come. What would be answered too late is refused.
 """
@@ -19,6 +20,7 @@ from expertmesh.errors import DeadlineExceeded, InvalidInput, MeshError
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.serving import shedding
 from expertmesh.serving.overlap import MOST_LEVEL, Overlap, Started
+from expertmesh.serving.returns import Returns
 from expertmesh.serving.shedding import Smoothed
 from expertmesh.telemetry import metrics, tracing
 
@@ -106,6 +108,8 @@ class Batcher(Generic[WorkT, AnswerT]):
         self._is_starting = False
         self._overlap = Overlap(limits.passes)
         self._pass_s = Smoothed()
+        self._returns = Returns()
+        self._timer: asyncio.TimerHandle | None = None
         self._passes: dict[asyncio.Task[None], _Pass[WorkT, AnswerT]] = {}
 
     async def submit(self, work: Sequence[WorkT], deadline: Deadline) -> list[AnswerT]:
@@ -135,6 +139,7 @@ class Batcher(Generic[WorkT, AnswerT]):
         self._turns[call] = self._ages[call] = None
         self._waiting_texts += len(work)
         self._waiting_characters += characters
+        self._returns.came()
         if not self._is_starting:  # when all that arrived at the same time are here
             self._is_starting = True
             loop.call_soon(self._start_passes)
@@ -176,6 +181,13 @@ class Batcher(Generic[WorkT, AnswerT]):
 
     def _start_passes(self) -> None:
         self._is_starting = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        is_full = self._waiting_texts >= self._limits.pass_texts
+        if self._turns and not is_full and (wait_s := self._returns.wait_s()):
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._start_passes)
+            return
         while self._turns and len(self._passes) < self._level():
             started = self._overlap.started(*self._load())
             taken = self._take(-(-self._load()[1] // started.level))
@@ -265,7 +277,9 @@ class Batcher(Generic[WorkT, AnswerT]):
         error = RuntimeError("a pass was cancelled") if task.cancelled() else task.exception()
         self._overlap.ended(ended.started, len(ended.taken) if ended.is_answered else 0)
         if ended.is_answered:
-            self._pass_s.add(time.monotonic() - ended.started_s)
+            pass_s = time.monotonic() - ended.started_s
+            self._pass_s.add(pass_s)
+            self._returns.answered(sum(call.done.done() for call in ended.calls), pass_s)
         for call in ended.calls:
             call.passes.discard(task)
             if error is not None:  # nobody may wait for a pass that is over

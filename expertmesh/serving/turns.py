@@ -70,7 +70,7 @@ class Turns:
         self._simulated = simulated
         self._most_rows = most_rows
         self._queue: deque[_Waiting] = deque()
-        self._runner: asyncio.Task[None] | None = None
+        self._is_running = False
         self._queue_seconds = metrics.QUEUE_SECONDS.labels(kind)
         self._work = metrics.Work(kind)
 
@@ -98,31 +98,44 @@ class Turns:
         result: ResultT = await self._enqueue(key, rows, item, work)
         return result
 
-    async def _enqueue(self, key: Hashable, rows: int, item: Any, work: Callable[[Sequence[Any]], Any]) -> Any:
+    def _enqueue(
+        self, key: Hashable, rows: int, item: Any, work: Callable[[Sequence[Any]], Any]
+    ) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(key, rows, item, work, loop.create_future(), perf_counter())
-        self._queue.append(waiting)
-        if self._runner is None or self._runner.done():
-            self._runner = loop.create_task(self._run())
-        return await waiting.result
+        result: asyncio.Future[Any] = loop.create_future()
+        self._queue.append(_Waiting(key, rows, item, work, result, perf_counter()))
+        if not self._is_running:
+            self._is_running = True
+            loop.call_soon(self._run)  # what arrives until then is taken along
+        return result
 
-    async def _run(self) -> None:
-        while self._queue:
+    def _run(self) -> None:
+        """Does the next piece of work, and says when the one after it is to be done."""
+        together: list[_Waiting] = []
+        while self._queue and not together:
             together = self._take()
-            if not together:
-                continue
-            rows = sum(one.rows for one in together)
-            started_s = perf_counter()
-            for one in together:
-                self._queue_seconds.observe(started_s - one.arrived_s)
-            outcomes = _compute(together)
-            left_s = started_s + self._simulated.of(rows) - perf_counter()
-            if left_s > 0:
-                await asyncio.sleep(left_s)
-            self._work.done(rows, perf_counter() - started_s)
-            for one, outcome in zip(together, outcomes, strict=True):
-                one.give(outcome)
-            await asyncio.sleep(0)  # what has arrived meanwhile takes its place in the queue
+        if not together:
+            self._is_running = False
+            return
+        rows = sum(one.rows for one in together)
+        started_s = perf_counter()
+        for one in together:
+            self._queue_seconds.observe(started_s - one.arrived_s)
+        outcomes = _compute(together)
+        left_s = started_s + self._simulated.of(rows) - perf_counter()
+        if left_s > 0:
+            asyncio.get_running_loop().call_later(left_s, self._end, together, outcomes, rows, started_s)
+        else:
+            self._end(together, outcomes, rows, started_s)
+
+    def _end(self, together: list[_Waiting], outcomes: Sequence[Any], rows: int, started_s: float) -> None:
+        self._work.done(rows, perf_counter() - started_s)
+        for one, outcome in zip(together, outcomes, strict=True):
+            one.give(outcome)
+        if self._queue:
+            asyncio.get_running_loop().call_soon(self._run)
+        else:
+            self._is_running = False
 
     def _take(self) -> list[_Waiting]:
         """The next work, and what may run together with it; nobody waits for what was cancelled."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -18,7 +19,7 @@ from expertmesh.errors import DeadlineExceeded, MeshError, Unavailable
 from expertmesh.rpc import request_id
 from expertmesh.rpc.errors import STATUSES, from_status
 from expertmesh.rpc.link import socket
-from expertmesh.rpc.link.frames import Connection
+from expertmesh.rpc.link.frames import Connection, OnEnd
 from expertmesh.rpc.link.stream import StreamConnection
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.settings import LINK_SUFFIX
@@ -59,6 +60,7 @@ class LinkChannel:
         self._tracing = tracing
         self._max_message_bytes = max_message_bytes
         self._numbers = count(1)
+        self._opened = 0
         self._pending: dict[int, tuple[asyncio.Future[Any], Parse]] = {}
         self._connection: Connection | None = None
         self._stream: asyncio.Task[None] | None = None
@@ -75,9 +77,11 @@ class LinkChannel:
         """
         await self.close()
         self._introduced = asyncio.get_running_loop().create_future()
+        self._opened += 1
+        on_end = partial(self._end, self._opened)
         try:
             async with asyncio.timeout(timeout_s):
-                await (self._open_socket() if self._address.startswith("unix:") else self._open_stream())
+                await (self._open_socket if self._address.startswith("unix:") else self._open_stream)(on_end)
                 await self._introduced
         except (TimeoutError, OSError, MeshError):
             await self.close()
@@ -91,7 +95,7 @@ class LinkChannel:
         if self._stream is not None:
             self._stream.cancel()
             await asyncio.gather(self._stream, return_exceptions=True)
-        self._end()
+        self._end(self._opened)
 
     def unary_unary(
         self,
@@ -150,13 +154,13 @@ class LinkChannel:
             timer.cancel()
             self._pending.pop(number, None)
 
-    async def _open_socket(self) -> None:
+    async def _open_socket(self, on_end: OnEnd) -> None:
         path = self._address.removeprefix("unix:") + LINK_SUFFIX
-        self._connection = await socket.connect(path, LinkResponse, self._take, self._end, self._max_message_bytes)
+        self._connection = await socket.connect(path, LinkResponse, self._take, on_end, self._max_message_bytes)
 
-    async def _open_stream(self) -> None:
+    async def _open_stream(self, on_end: OnEnd) -> None:
         call = LinkServiceStub(self._channel).Link()
-        connection = StreamConnection(call, self._take, self._end)
+        connection = StreamConnection(call, self._take, on_end)
         self._connection = connection
 
         async def run() -> None:
@@ -193,7 +197,9 @@ class LinkChannel:
         except DecodeError:
             self._introduced.set_exception(Unavailable("it cannot be understood", self._service))
 
-    def _end(self) -> None:
+    def _end(self, opened: int) -> None:
+        if opened != self._opened:
+            return  # one of before, which has been told of late
         self._connection = None
         self.ended.set()
         gone = Unavailable(f"{self._service} does not answer", self._service)
