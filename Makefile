@@ -5,10 +5,12 @@ BIN := .venv/bin
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+BENCHMARKS := layer classify generate overlap scale
 # Threads that wait sleep, so that processes on few cores do not spin against each other.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: run test setup check format stubs bench coverage clean
+.PHONY: run test setup check format stubs bench clean
 
 run: .venv/run
 	$(BIN)/expertmesh demo models/agnews --file examples/headlines.txt --generator models/tinytext
@@ -48,8 +50,10 @@ format: .venv/dev
 stubs: .venv/dev
 	protos/generate.sh $(BIN)/python
 
-bench: .venv/dev
-	$(BIN)/python benchmarks/classify.py
+bench: $(BENCHMARKS:%=bench-%)
+
+bench-%: .venv/dev
+	$(BIN)/python -m benchmarks.$* $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

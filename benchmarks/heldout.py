@@ -1,6 +1,6 @@
 """The bundled model through the mesh beside a linear SVM on TF-IDF word uni- and bigrams, on the same rows.
 
-    python benchmarks/heldout.py --train PATH/TO/train.csv [--model models/agnews] [--json FILE]
+    python -m benchmarks.heldout --train PATH/TO/train.csv [--model models/agnews] [--json FILE]
 
 The SVM learns from exactly the rows that `expertmesh train` learns from; both are scored on the rows that it holds out
 (`expertmesh.train.data`). Printed are accuracies with their 95 % intervals, a paired test, and the experts' load.

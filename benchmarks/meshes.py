@@ -1,0 +1,79 @@
+"""Meshes that a benchmark compares, and their metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import urllib.request
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+from expertmesh.cli import session
+from expertmesh.client import Client
+from expertmesh.local.plan import Options, Plan, Process
+
+
+@asynccontextmanager
+async def mesh(model: Path, options: Options, settings: Mapping[str, object] | None = None) -> AsyncIterator[Plan]:
+    """A mesh as `expertmesh up` starts it.
+
+    Args:
+        model: Folder of the split model.
+        options: Its layout.
+        settings: Of its services, by name, as the environment tells them.
+    """
+    with _environment({f"EXPERTMESH_{name.upper()}": str(value) for name, value in (settings or {}).items()}):
+        context = session.temporary_mesh(model, options)
+        running = await context.__aenter__()
+    try:
+        assert running.plan is not None
+        yield running.plan
+    finally:
+        await context.__aexit__(None, None, None)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def full_model_address(plan: Plan) -> str:
+    """Where the full model itself is."""
+    return next(process.address for process in plan.processes if process.kind == "full_model")
+
+
+async def total(plan: Plan, kind: str, metric: str) -> float:
+    """Sum of a metric over its labels and over all processes of a kind."""
+    addresses = [await _metrics_address(plan, process.address, kind) for process in _processes(plan, kind)]
+    return sum([await asyncio.to_thread(_read, address, metric) for address in addresses])
+
+
+def count(plan: Plan, kind: str) -> int:
+    """Processes of a kind."""
+    return len(_processes(plan, kind))
+
+
+def _processes(plan: Plan, kind: str) -> list[Process]:
+    return [process for process in plan.processes if process.kind == kind]
+
+
+async def _metrics_address(plan: Plan, address: str, kind: str) -> str:
+    if kind == "gateway":
+        return plan.http
+    async with Client(address) as client:
+        return (await client.describe()).metrics_address
+
+
+def _read(address: str, metric: str) -> float:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as reply:
+        lines = reply.read().decode().splitlines()
+    found = [re.fullmatch(rf"{metric}(?:\{{.*\}})? (\S+)", line) for line in lines]
+    return sum(float(match[1]) for match in found if match)

@@ -1,0 +1,72 @@
+"""What benchmarks share: children, rounds in turn, targets, echoes, closed loops of callers."""
+
+from __future__ import annotations
+
+import json
+import signal
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.child import Child
+from benchmarks.echo import echoes
+from benchmarks.report import Report, difference, ratio
+from benchmarks.rounds import in_turn
+from tests import tiny
+
+ANSWERING = "tests.doubles.answering"
+
+
+async def test_a_child_answers_and_is_held_between_questions() -> None:
+    async with Child(ANSWERING) as child:
+        assert [await child.ask(number=number) for number in (1, 2)] == [2, 4]
+        process = psutil.Process(child._process.pid)
+        while process.status() != psutil.STATUS_STOPPED:  # the signal may take a moment
+            pass
+    assert not process.is_running()
+    assert child._process.returncode == 0
+
+
+async def test_a_child_that_fails_tells_its_last_words() -> None:
+    async with Child(ANSWERING) as child:
+        with pytest.raises(RuntimeError, match="invalid literal for int"):
+            await child.ask(number="seven")
+
+
+async def test_a_child_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.child.STOP_TIMEOUT_S", 0.0)
+    async with Child(ANSWERING) as child:
+        pass
+    assert child._process.returncode == -signal.SIGKILL
+
+
+async def test_every_contender_is_asked_once_a_round_and_none_is_always_first() -> None:
+    asked: list[str] = []
+
+    async def ask(name: str) -> float:
+        asked.append(name)
+        return len(asked)
+
+    figures = await in_turn({name: partial(ask, name) for name in "abc"}, 3)
+    assert ["".join(asked[at : at + 3]) for at in range(0, len(asked), 3)] == ["abc", "abc", "bca", "cab"]
+    assert figures == {"a": [4, 9, 11], "b": [5, 7, 12], "c": [6, 8, 10]}
+
+
+def test_targets_compare_medians_and_tell_the_spread_of_the_rounds(tmp_path: Path) -> None:
+    met = ratio("met", [2.0, 4.0, 9.0], [1.0, 2.0, 3.0], at_most=2)
+    missed = difference("missed", [5.0, 7.0, 9.0], [1.0, 1.0, 1.0], "ms", 0.5, at_least=4)
+    assert (met.value, met.low, met.high, met.is_met) == (2.0, 2.0, 3.0, True)
+    assert (missed.value, missed.low, missed.high, missed.is_met) == (3.0, 2.0, 4.0, False)
+    report = Report("a name", {"ms": [1.0]}, targets=[met, missed], notes=["a note"])
+    report.publish(tmp_path / "report.json")
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert [target["met"] for target in told["targets"]] == [True, False]
+    assert (told["benchmark"], told["figures"], told["notes"]) == ("a name", {"ms": [1.0]}, ["a note"])
+
+
+async def test_echoes_reach_as_many_servers_as_there_are_messages() -> None:
+    async with echoes(2, tiny.scratch()) as echo:
+        await echo.fan_out([b"one", b"another"])
+        await echo.fan_out([b"alone"])
