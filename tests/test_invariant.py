@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from expertmesh.model import invariant
-from expertmesh.model.layers import DTYPES, GatedMLP, LayerNorm, RMSNorm
+from expertmesh.model.layers import DTYPES, GatedMLP, Joint, LayerNorm, Linear, RMSNorm, arrange
 from expertmesh.model.router import route
 from expertmesh.model.spec import ExpertSpec, RouterSpec
 
@@ -221,6 +221,47 @@ def test_linear_of_no_rows_is_no_rows() -> None:
 def test_linear_keeps_its_promise_at_widths_that_are_no_multiple_of_four(shape: tuple[int, int]) -> None:
     orders = [drawn(count, seed, 0) for seed, count in enumerate((200, 64, 33, 9, 3))]
     assert changed_by_linear(shape, orders, 1) + changed_by_linear(shape, orders, 2) == 0
+
+
+@few_examples
+@given(st.integers(1, 1_100), st.integers(1, 300), st.integers(1, 300), st.booleans(), companies, one_or_two_threads)
+def test_layers_joined_to_one_product_give_what_each_gives(
+    width: int, left: int, right: int, bias: bool, company: Company, threads: int
+) -> None:
+    layers = [Linear(width, outputs, bias=bias).requires_grad_(False) for outputs in (left, right)]
+    x_ND = normal(ROWS, width)
+    wanted = torch.cat([layer(x_ND) for layer in layers], dim=1)
+    joint = Joint(*layers)
+    joint.join()
+    assert layers[0].weight.untyped_storage().data_ptr() == layers[1].weight.untyped_storage().data_ptr()
+    assert differing_rows(torch.cat([layer(x_ND) for layer in layers], dim=1), wanted) == 0
+    torch.set_num_threads(threads)
+    got = torch.cat(list(joint(at_offset(x_ND[company.rows], company.offset))), dim=1)
+    assert differing_rows(got, wanted[company.rows]) == 0
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_clamped"])
+def test_an_arranged_gated_mlp_keeps_names_values_and_bits(activation: str) -> None:
+    mlp = GatedMLP(192, ExpertSpec(384, activation, limit=0.5, bias=True)).requires_grad_(False).eval()
+    before = {name: value.clone() for name, value in mlp.state_dict().items()}
+    x_ND = normal(ROWS, 192)
+    with torch.inference_mode():
+        wanted = mlp(x_ND)
+        assert differing_rows(arrange(mlp)(x_ND), wanted) == 0
+    after = mlp.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_arranged_gated_mlp_follows_its_weights() -> None:
+    mlp = arrange(GatedMLP(8, ExpertSpec(16, "swiglu")).requires_grad_(False).eval())
+    x_ND = normal(8, 8)
+    before = mlp(x_ND)
+    mlp.up.weight.data[3, 2] += 1.0
+    changed = mlp(x_ND)
+    assert not torch.equal(before, changed)
+    mlp.load_state_dict({name: value.contiguous() * 2 for name, value in mlp.state_dict().items()}, assign=True)
+    assert not torch.equal(mlp(x_ND), changed)
 
 
 # aligned
@@ -625,13 +666,6 @@ def test_the_suite_notices_products_without_padded_rows(monkeypatch: pytest.Monk
 
 
 @plain_operations_are_guilty
-def test_the_suite_notices_products_without_aligned_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(invariant, "aligned", lambda x: x)
-    whole_blocks = [first(count, offset) for count in (8, 16, 64) for offset in (1, 2, 3)]
-    assert sum(changed_by_linear(shape, whole_blocks) for shape in NARROW) > 0
-
-
-@plain_operations_are_guilty
 @pytest.mark.parametrize("plain", [functional.silu, lambda x: x * torch.sigmoid(x)], ids=["silu", "sigmoid"])
 def test_the_suite_notices_plain_activations(
     plain: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
@@ -647,11 +681,10 @@ def test_the_suite_notices_attention_that_is_padded_to_its_longest_mate() -> Non
 
 
 @plain_operations_are_guilty
-def test_the_suite_notices_narrow_values_and_transposes_that_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(invariant, "COLUMN_MULTIPLE", 1)
-    orders = [drawn(count, count, 0) for count in (3, 8, 24, 60, 200)]
-    assert sum(changed_by_product(48, outputs, "float32", "transposed", orders, 1) for outputs in (5, 7, 10, 11)) > 0
-    assert sum(changed_by_causal_attention(tile(32, width, 2, 64, 2), 1, range(6)) for width in (5, 7, 10, 11)) > 0
+def test_the_suite_notices_products_of_all_inputs_at_once_and_single_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(invariant, "INNER", 2**20)
+    monkeypatch.setattr(invariant, "NARROW", 0)
+    assert sum(changed_by_linear(shape, SOME_COUNTS) for shape in [*NARROW, (2048, 512)]) > 0
 
 
 @plain_operations_are_guilty

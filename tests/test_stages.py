@@ -164,7 +164,7 @@ def test_the_suite_notices_one_bit_of_one_sequence(model: FullModel, monkeypatch
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="not known which operations are guilty"
 )
-@pytest.mark.parametrize("mutation", ["silu", "linear", "one padded length"])
+@pytest.mark.parametrize("mutation", ["linear", "one padded length"])
 def test_the_suite_notices_plain_operations(model: FullModel, mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if mutation == "one padded length":
 

@@ -17,7 +17,7 @@ from expertmesh.model.embedding import EmbeddingStage
 from expertmesh.model.full import FullModel
 from expertmesh.model.gating import GatingStage
 from expertmesh.model.head import ClassifierStage, LanguageHead, head
-from expertmesh.model.layers import DTYPES, GatedMLP, narrow
+from expertmesh.model.layers import DTYPES, GatedMLP, arrange, narrow
 from expertmesh.model.rotary import Rotary
 
 StageT = TypeVar("StageT", bound=nn.Module)
@@ -80,4 +80,4 @@ class StageLoader:
             module = make()
         load_part(self.folder, self.manifest, name, module, self.device)
         self.loaded.append(name)
-        return narrow(module, DTYPES[self.spec.dtype])
+        return arrange(narrow(module, DTYPES[self.spec.dtype]))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from expertmesh.model import invariant
 from expertmesh.model.gating import GatingStage
-from expertmesh.model.layers import NO_DROPOUT, Dropout, Linear, RMSNorm
+from expertmesh.model.layers import NO_DROPOUT, Dropout, Joint, Linear, RMSNorm
 from expertmesh.model.sequences import Pattern, Sequences
 from expertmesh.model.spec import ModelSpec
 
@@ -48,6 +48,7 @@ class GroupedGating(GatingStage):
         self.q = Linear(spec.width, width, bias=attention.qkv_bias)
         self.k = Linear(spec.width, key_width, bias=attention.qkv_bias)
         self.v = Linear(spec.width, key_width, bias=attention.qkv_bias)
+        self.qkv = Joint(self.q, self.k, self.v)
         self.out = Linear(width, spec.width, bias=attention.out_bias)
         self.flat_norm = attention.qk_norm == "flat"
         if attention.qk_norm != "none":
@@ -61,12 +62,12 @@ class GroupedGating(GatingStage):
 
     def attention(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
         """What attention adds to the residual stream."""
-        q, k, v = self.q(x_TD), self.k(x_TD), self.v(x_TD)
+        q, k, v = self.qkv(x_TD)
         if self.has_norm and self.flat_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip:
             q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
-        q_THd, k_TKd, v_TKd = (part.unflatten(1, (-1, self.head_width)) for part in (q, k, v))
+        q_THd, k_TKd, v_TKd = (part.view(len(part), -1, self.head_width) for part in (q, k, v))
         if self.has_norm and not self.flat_norm:
             q_THd, k_TKd = self.q_norm(q_THd), self.k_norm(k_TKd)
         turn = sequences.rotation.turn
@@ -99,6 +100,7 @@ class LatentGating(GatingStage):
         self.kv_down = Linear(spec.width, self.rank + self.turned_width, bias=False)
         self.latent_norm = RMSNorm(self.rank, attention.latent_eps)
         self.kv_up = Linear(self.rank, self.heads * (self.head_width + self.value_width), bias=False)
+        self.kv_up.lies_by_rows = True
         self.out = Linear(self.heads * self.value_width, spec.width, bias=False)
         self.scale = attention.scale or (self.head_width + self.turned_width) ** -0.5
         self.window = attention.window(layer)

@@ -4,11 +4,16 @@ A row computed alone, in a batch, in another order, at another address or with a
 with the same bits; then the mesh equals the full model whatever shares a pass. Which plain torch operations break
 this on CPU in fp32 (measured, torch 2.13, AVX-512):
 
-- `F.linear` changes a row when there are 1 to 3 rows, and with two threads also at other counts that are no multiple
-  of 8: rows are padded to one. Narrow outputs change when the input is not aligned, which is copied, or its width
-  is no multiple of 4, which is padded with zeros.
-- A product whose right matrix lies row by row, as values in attention and the transpose of a weight do, depends on a
-  row's place if that matrix has 1, 5 to 7 or 9 to 11 columns: they are padded to a multiple of 4, or it is copied.
+- `F.linear` adds up along the rows of a weight in an order that depends on how many rows share the call: below 16 on
+  Intel, below 8 on AMD, and on both up to hundreds where a weight is wide. A weight that lies column by column, [D, O]
+  in memory, is multiplied by kernels that add one input after another for many outputs at once, and one sum is cut
+  only behind some hundreds of inputs. So `linear` wants weights that lie so (`columns_first`), multiplies `INNER`
+  inputs at a time, and adds. Nothing was found to depend on rows, neighbours or threads from 2 rows and 2 outputs up
+  on Intel, from 8 rows and 12 outputs up on AMD: both are padded.
+- MKL's kernels for AVX2 keep no such promise. There and without MKL, oneDNN multiplies, which was equal on every
+  instruction set, but takes 20 us more a call.
+- Values in attention lie row by row, and their product depends on a row's place if they have 1, 5 to 7 or 9 to 11
+  columns: they are padded to a multiple of 4.
 - `F.silu`, `torch.sigmoid` and tanh-GELU round differently in the vector body and the tail of the flat tensor: they
   are written with `exp` and a division, which do not.
 - Attention over padded keys changes with the padded length: it is made a function of the sequence's own length.
@@ -16,8 +21,10 @@ this on CPU in fp32 (measured, torch 2.13, AVX-512):
 Layer norm, softmax, `exp`, `rsqrt`, means and sums over the last dimension, top-k, sort and embedding were equal in
 every case tried and are used as they are.
 
-In bfloat16, torch computes products of up to `SMALL_PRODUCT` multiplications by another kernel, which rounds
-differently: rows are padded until a product is larger than that. Larger ones were equal, padded or not.
+In bfloat16, weights may lie either way. torch computes products of up to `SMALL_PRODUCT` multiplications by another
+kernel, which rounds differently: rows are padded until a product is larger than that. Larger ones were equal, padded or
+not, but where there is AMX: from `AMX_INNER` inputs up, sums are cut in other places for other numbers of rows, so
+every product there has `AMX_ROWS`.
 Models are written with these operations only; tests/test_invariant.py holds them to it.
 """
 
@@ -29,8 +36,14 @@ from torch import Tensor
 
 ROW_MULTIPLE = 8
 COLUMN_MULTIPLE = 4
+INNER = 256  # inputs that are added up in one product
+NARROW = 12  # outputs up to which their number is padded
 ALIGNMENT_BYTES = 64
 SMALL_PRODUCT = 16**3
+AMX_ROWS = 32
+AMX_INNER = 448
+_HAS_AMX = torch.cpu._is_amx_tile_supported()
+_MKL_KEEPS_ROWS = torch._C.has_mkl and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -39,17 +52,70 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % ALIGNMENT_BYTES == 0 else x.clone()
 
 
+def columns_first(weight_OD: Tensor) -> Tensor:
+    """The same matrix, lying as `linear` takes it without a copy."""
+    return weight_OD.t().contiguous().t()
+
+
+def has_columns_first(x: Tensor) -> bool:
+    """Whether products of such numbers want weights that lie column by column."""
+    return x.dtype == torch.float32 and x.is_cpu
+
+
+def padded(x_ND: Tensor) -> Tensor:
+    """Rows as `linear` takes them without a copy: zeros are added behind them up to a multiple of `ROW_MULTIPLE`."""
+    more_rows = -len(x_ND) % ROW_MULTIPLE
+    return F.pad(x_ND, (0, 0, 0, more_rows)) if more_rows else aligned(x_ND)
+
+
 def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """Multiplies rows with a weight matrix: [N, D] and [O, D] give [N, O]."""
+    if not has_columns_first(x_ND) or (weight_OD.requires_grad and torch.is_grad_enabled()):
+        return _linear_by_rows(x_ND, weight_OD, bias_O)
+    rows, outputs = len(x_ND), len(weight_OD)
+    if outputs < NARROW and outputs % COLUMN_MULTIPLE:
+        more_outputs = -outputs % COLUMN_MULTIPLE
+        weight_OD = F.pad(weight_OD, (0, 0, 0, more_outputs))
+        bias_O = None if bias_O is None else F.pad(bias_O, (0, more_outputs))
+    if weight_OD.stride(0) != 1:
+        weight_OD = columns_first(weight_OD)
+    product = _product(padded(x_ND), weight_OD, bias_O)
+    return product if product.shape == (rows, outputs) else product[:rows, :outputs]
+
+
+def _product(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    if not _MKL_KEEPS_ROWS:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x_ND, weight_OD, bias_O, "none", [], "")
+        return product
+    weight_DO = weight_OD.t()
+    if len(weight_DO) <= INNER:
+        return torch.mm(x_ND, weight_DO) if bias_O is None else torch.addmm(bias_O, x_ND, weight_DO)
+    xs, weights = torch.split(x_ND, INNER, dim=1), torch.split(weight_DO, INNER)
+    sums = torch.mm(xs[0], weights[0]) if bias_O is None else torch.addmm(bias_O, xs[0], weights[0])
+    for x, weight in zip(xs[1:], weights[1:], strict=True):
+        sums.addmm_(x, weight)
+    return sums
+
+
+def _linear_by_rows(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
     rows, columns = x_ND.shape
+    if rows > AMX_ROWS and columns >= AMX_INNER and _multiplies_in_tiles(x_ND):
+        return torch.cat([_linear_by_rows(part, weight_OD, bias_O) for part in torch.split(x_ND, AMX_ROWS)])
     more_columns = -columns % COLUMN_MULTIPLE
-    more_rows = _padded_rows(rows, len(weight_OD) * (columns + more_columns), x_ND.dtype) - rows
+    if columns >= AMX_INNER and _multiplies_in_tiles(x_ND):
+        more_rows = AMX_ROWS - rows
+    else:
+        more_rows = _padded_rows(rows, len(weight_OD) * (columns + more_columns), x_ND.dtype) - rows
     x_ND = F.pad(x_ND, (0, more_columns, 0, more_rows)) if more_rows or more_columns else aligned(x_ND)
     if more_columns:
         weight_OD = F.pad(weight_OD, (0, more_columns))
     elif len(weight_OD) % COLUMN_MULTIPLE:
         weight_OD = weight_OD.contiguous()  # it may be a transpose
     return F.linear(x_ND, weight_OD, bias_O)[:rows]
+
+
+def _multiplies_in_tiles(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.is_cpu and _HAS_AMX
 
 
 def _padded_rows(rows: int, multiplications: int, dtype: torch.dtype) -> int:
@@ -61,7 +127,10 @@ def _padded_rows(rows: int, multiplications: int, dtype: torch.dtype) -> int:
 
 def silu(x: Tensor) -> Tensor:
     """X * sigmoid(x), element by element, the same at every position (Elfwing et al., 2017)."""
-    return x / (1.0 + torch.exp(-x))
+    if torch.is_grad_enabled():
+        return x / (1.0 + torch.exp(-x))
+    divisor = torch.neg(x).exp_().add_(1.0)
+    return torch.div(x, divisor, out=divisor)
 
 
 def sigmoid(x: Tensor) -> Tensor:

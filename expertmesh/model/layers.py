@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -32,9 +33,47 @@ NO_DROPOUT = Dropout()
 class Linear(nn.Linear):
     """A linear layer whose rows do not depend on their company."""
 
+    lies_by_rows = False  # whether its weight is used otherwise too and must stay as it is
+
     def forward(self, x_ND: Tensor) -> Tensor:
         """[N, in] to [N, out]."""
         return invariant.linear(x_ND, self.weight, self.bias)
+
+
+class Joint:
+    """Linear layers of one input, whose products are one once their weights lie side by side.
+
+    They stay layers with weights of their own, which are then views of what lies in memory once.
+
+    Args:
+        layers: With as many inputs each, all with a bias or none.
+    """
+
+    def __init__(self, *layers: Linear) -> None:
+        self._layers = layers
+        self._widths = [layer.out_features for layer in layers]
+        self._weight_OD: Tensor | None = None
+        self._bias_O: Tensor | None = None
+
+    def join(self) -> None:
+        """Puts the weights side by side."""
+        first = self._layers[0]
+        if not invariant.has_columns_first(first.weight):
+            return
+        self._weight_OD = torch.cat([layer.weight.detach().t() for layer in self._layers], dim=1).t()
+        weights = torch.split(self._weight_OD, self._widths)
+        if first.bias is not None:
+            self._bias_O = torch.cat([layer.bias.detach() for layer in self._layers])
+            for layer, bias in zip(self._layers, torch.split(self._bias_O, self._widths), strict=True):
+                layer.bias = nn.Parameter(bias, requires_grad=False)
+        for layer, weight in zip(self._layers, weights, strict=True):
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    def __call__(self, x_ND: Tensor) -> Sequence[Tensor]:
+        """What each layer gives."""
+        if self._weight_OD is None or self._weight_OD.data_ptr() != self._layers[0].weight.data_ptr():
+            return [layer(x_ND) for layer in self._layers]  # they train, or were converted since
+        return torch.split(invariant.linear(x_ND, self._weight_OD, self._bias_O), self._widths, dim=1)
 
 
 class RMSNorm(nn.Module):
@@ -82,6 +121,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate = Linear(width, spec.width, bias=spec.bias)
         self.up = Linear(width, spec.width, bias=spec.bias)
+        self.gate_and_up = Joint(self.gate, self.up)
         self.down = Linear(spec.width, width, bias=spec.bias)
         self.clamped = spec.activation == "swiglu_clamped"
         self.limit, self.alpha = spec.limit, spec.alpha
@@ -89,13 +129,22 @@ class GatedMLP(nn.Module):
 
     def forward(self, rows_ND: Tensor) -> Tensor:
         """[N, D] to [N, D] in the rows' dtype, unweighted."""
-        gate, up = self.gate(rows_ND).float(), self.up(rows_ND).float()
+        rows = len(rows_ND)
+        if rows % invariant.ROW_MULTIPLE and invariant.has_columns_first(rows_ND):
+            rows_ND = invariant.padded(rows_ND)  # once for both products
+        gate, up = self.gate_and_up(rows_ND)
+        if rows_ND.dtype != torch.float32:
+            gate, up = gate.float(), up.float()
         if self.clamped:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
             inner = gate * invariant.sigmoid(self.alpha * gate) * (up + 1.0)
         else:
-            inner = invariant.silu(gate) * up
-        return self.down(self.dropout(inner).to(rows_ND.dtype))  # type: ignore[no-any-return]
+            inner = invariant.silu(gate)
+            inner = inner * up if torch.is_grad_enabled() else inner.mul_(up)
+        if self.training:
+            inner = self.dropout(inner)
+        out_ND: Tensor = self.down(inner.to(rows_ND.dtype))
+        return out_ND if len(out_ND) == rows else out_ND[:rows]
 
 
 def table(rows: int, width: int) -> nn.Embedding:
@@ -111,4 +160,18 @@ def narrow(module: ModuleT, dtype: torch.dtype) -> ModuleT:
     for name, child in module.named_modules():
         if isinstance(child, Linear | nn.Embedding) and name.rpartition(".")[2] != "router":
             child.to(dtype)
+    return module
+
+
+def arrange(module: ModuleT) -> ModuleT:
+    """Puts the matrices of a stage that only computes from now on as products take them without a copy."""
+    for child in module.modules():
+        for joint in vars(child).values():
+            if isinstance(joint, Joint):
+                joint.join()
+    for child in module.modules():
+        if not isinstance(child, Linear) or child.lies_by_rows or child.weight.stride(0) == 1:
+            continue
+        if invariant.has_columns_first(child.weight):
+            child.weight = nn.Parameter(invariant.columns_first(child.weight.detach()), requires_grad=False)
     return module

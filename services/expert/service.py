@@ -72,6 +72,6 @@ class FaultServicer(FaultServiceServicer):
         expert = self._experts.bank.pair2expert.get((request.layer, request.expert))
         if expert is None:
             raise WrongPart(f"this service does not hold expert {request.expert} of layer {request.layer}")
-        weight = expert.down.weight.data.view(-1)
-        weight[weight.abs().argmax()] += request.delta
+        weight = expert.down.weight.data
+        weight[divmod(int(weight.abs().argmax()), weight.shape[1])] += request.delta
         return ChangeWeightResponse()
