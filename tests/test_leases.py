@@ -42,6 +42,24 @@ def test_a_sequence_holds_what_it_has_reserved_until_it_is_released() -> None:
     assert leases.release([name(1)]) == 0
 
 
+def test_layers_of_a_step_share_a_layout_and_other_steps_and_other_blocks_do_not() -> None:
+    leases = make()
+    leases.open(name(1), 0, 20)
+    first, second = [Place(name(1), 0, 0, 4)], [Place(name(1), 0, 4, 1)]
+    layout = leases.rows(first, 0)
+    assert leases.rows(second, 0) is not layout
+    assert leases.rows(first, 1) is layout
+    leases.open(name(1), 1, 20 + BLOCK_TOKENS)
+    assert leases.rows([Place(name(1), 1, 0, 4)], 0) is not layout
+
+
+def test_layouts_of_many_rows_are_not_kept() -> None:
+    leases = make()
+    leases.open(name(1), 0, 65)
+    many = [Place(name(1), 0, 0, 65)]
+    assert leases.rows(many, 0) is not leases.rows(many, 0)
+
+
 def test_what_does_not_fit_is_told_when_to_come_again_and_changes_nothing() -> None:
     leases = make()
     leases.open(name(1), 0, 4 * BLOCK_TOKENS)

@@ -85,8 +85,13 @@ class KeyValueCache:
 
     def read(self, layer: int, blocks_NB: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [N, B, K, S, d] and values [N, B, K, S, v] of blocks."""
-        keys = self._keys[layer][blocks_NB]
-        return keys, keys[..., : self._value_width] if self._is_latent else self._values[layer][blocks_NB]
+        keys = _picked(self._keys[layer], blocks_NB)
+        return keys, keys[..., : self._value_width] if self._is_latent else _picked(self._values[layer], blocks_NB)
+
+
+def _picked(pool: Tensor, blocks_NB: Tensor) -> Tensor:
+    """Blocks of a pool, copied whole; indexing would copy element by element."""
+    return pool.index_select(0, blocks_NB.flatten()).view(*blocks_NB.shape, *pool.shape[1:])
 
 
 def _shape(spec: ModelSpec) -> tuple[int, int, int]:

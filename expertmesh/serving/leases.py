@@ -17,6 +17,8 @@ from expertmesh.telemetry import metrics
 
 ID_BYTES = 16
 RETRY_AFTER_S = 0.1
+LAYOUTS = 4  # steps that may go through the layers at one time without building their layout for every layer
+LAYOUT_ROWS = 64  # most rows of a layout that is kept; of many, computing takes long and a layout much memory
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Leases:
         self._context = context
         self._free = list(range(cache.blocks))
         self._leases: dict[bytes, _Lease] = {}
+        self._layouts: dict[object, CachedSequences] = {}  # the latest ones: the next layer's is one of them
         metrics.KV_BLOCKS.labels("total").set(cache.blocks)
         metrics.KV_BLOCKS.labels("used").set(0)
 
@@ -149,7 +152,18 @@ class Leases:
             for one in layers:
                 lease.layer2cached[one] = max(lease.layer2cached[one], place.position + place.rows)
             lease.heard_s = self._clock()
-        return CachedSequences(spans, self._cache, self._rotary, self._rotary.device)
+        return self._layout(spans, tuple((place.sequence, place.position, place.rows) for place in places))
+
+    def _layout(self, spans: list[Span], rows: tuple[tuple[bytes, int, int], ...]) -> CachedSequences:
+        key = rows, tuple(tuple(span.blocks) for span in spans)
+        layout = self._layouts.pop(key, None)
+        if layout is None:
+            layout = CachedSequences(spans, self._cache, self._rotary, self._rotary.device)
+            if len(self._layouts) == LAYOUTS:
+                del self._layouts[next(iter(self._layouts))]
+        if sum(span.rows for span in spans) <= LAYOUT_ROWS:
+            self._layouts[key] = layout
+        return layout
 
     def _span(self, layers: Sequence[int], place: Place) -> Span:
         lease = self._leases.get(place.sequence)
