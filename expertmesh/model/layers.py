@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from expertmesh.model import invariant
+from expertmesh.model import cuda, invariant
 from expertmesh.model.spec import ExpertSpec, NormSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,6 +52,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same in float32."""
+        if cuda.serves(x):
+            return cuda.rms_norm(x, self.weight, self.eps)
         wide = x.float()
         return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
@@ -89,13 +91,16 @@ class GatedMLP(nn.Module):
 
     def forward(self, rows_ND: Tensor) -> Tensor:
         """[N, D] to [N, D] in the rows' dtype, unweighted."""
-        gate, up = self.gate(rows_ND).float(), self.up(rows_ND).float()
+        inner_NF = self.inner(self.gate(rows_ND), self.up(rows_ND))
+        return self.down(self.dropout(inner_NF).to(rows_ND.dtype))  # type: ignore[no-any-return]
+
+    def inner(self, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+        """What lies between the products, in float32."""
+        gate_NF, up_NF = gate_NF.float(), up_NF.float()
         if self.clamped:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-            inner = gate * invariant.sigmoid(self.alpha * gate) * (up + 1.0)
-        else:
-            inner = invariant.silu(gate) * up
-        return self.down(self.dropout(inner).to(rows_ND.dtype))  # type: ignore[no-any-return]
+            gate_NF, up_NF = gate_NF.clamp(max=self.limit), up_NF.clamp(-self.limit, self.limit)
+            return gate_NF * invariant.sigmoid(self.alpha * gate_NF) * (up_NF + 1.0)
+        return invariant.silu(gate_NF) * up_NF
 
 
 def table(rows: int, width: int) -> nn.Embedding:

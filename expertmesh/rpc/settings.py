@@ -55,6 +55,7 @@ class ModelSettings(Settings):
     model: Path = setting("folder of the split model", Path("models/agnews"))
     device: str = setting("device to compute on: cpu, cuda or cuda:N", "cpu")
     threads: int = setting("threads to compute with on cpu", 1)
+    cuda_graphs: bool = setting("on cuda, record what is computed for few rows and replay it", True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,7 @@ from expertmesh.checkpoint.load import StageLoader
 from expertmesh.errors import SetupError
 from expertmesh.model.arrays import to_torch
 from expertmesh.model.fingerprint import Profile, take_profile
+from expertmesh.model.graphs import Graphs
 from expertmesh.model.sequences import Sequences
 from expertmesh.model.spec import ModelSpec
 from expertmesh.rpc.settings import ModelSettings
@@ -40,7 +41,8 @@ class Stage:
     def __init__(self, kind: str, settings: ModelSettings) -> None:
         self.kind = kind
         self.device = open_device(settings.device, settings.threads)
-        self.loader = StageLoader(Path(settings.model), self.device)
+        has_graphs = settings.cuda_graphs and self.device.type == "cuda"
+        self.loader = StageLoader(Path(settings.model), self.device, Graphs() if has_graphs else None)
         self.profile: Profile = take_profile(self.spec, self.device)
         self._turn = asyncio.Lock()
 

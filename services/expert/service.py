@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc.aio
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from expertmesh import wire
 from expertmesh.checkpoint.manifest import expert_part
 from expertmesh.errors import InvalidInput, WrongPart
 from expertmesh.model.arrays import to_numpy
+from expertmesh.model.experts import ExpertGroup
 from expertmesh.model.layers import DTYPES, GatedMLP
 from expertmesh.serving.stage import Stage
 from expertmesh.telemetry import metrics
@@ -31,15 +33,20 @@ class ExpertServicer(ExpertServiceServicer):
     def __init__(self, stage: Stage, pairs: list[tuple[int, int]]) -> None:
         self._stage = stage
         self.pair2expert: dict[tuple[int, int], GatedMLP] = {pair: stage.loader.expert(*pair) for pair in pairs}
+        self._groups = {
+            layer: ExpertGroup({e: self.pair2expert[one, e] for one, e in pairs if one == layer}, stage.loader.graphs)
+            for layer in {layer for layer, _ in pairs}
+        }
+        layer, expert = pairs[0]
         rows_ND = np.zeros((8, stage.spec.width), np.float32)
-        stage.warm_up(lambda: self._apply([self.pair2expert[pairs[0]]], [8], rows_ND))
+        stage.warm_up(lambda: self._apply(layer, [expert], [8], rows_ND))
 
     async def Apply(self, request: ApplyRequest, context: grpc.aio.ServicerContext) -> ApplyResponse:
         """Applies experts of one layer, each to its rows."""
         counts = list(request.counts)
         experts = self._experts_of(request)
         rows_ND = wire.decode_rows(request.rows, (sum(counts), self._stage.spec.width), "rows")
-        out_ND = await self._stage.compute(len(rows_ND), lambda: self._apply(experts, counts, rows_ND))
+        out_ND = await self._stage.compute(len(rows_ND), lambda: self._apply(request.layer, experts, counts, rows_ND))
         for expert, count in zip(request.experts, counts, strict=True):
             metrics.EXPERT_TOKENS.labels(request.layer, expert).inc(count)
         return ApplyResponse(
@@ -49,7 +56,7 @@ class ExpertServicer(ExpertServiceServicer):
             rows=wire.encode(out_ND),
         )
 
-    def _experts_of(self, request: ApplyRequest) -> list[GatedMLP]:
+    def _experts_of(self, request: ApplyRequest) -> list[int]:
         ids = list(request.experts)
         if not ids or ids != sorted(set(ids)):
             raise InvalidInput("experts must ascend, each at most once, at least one", "experts")
@@ -58,12 +65,11 @@ class ExpertServicer(ExpertServiceServicer):
         for expert in ids:
             if (request.layer, expert) not in self.pair2expert:
                 raise WrongPart(f"this service does not hold expert {expert} of layer {request.layer}")
-        return [self.pair2expert[request.layer, expert] for expert in ids]
+        return ids
 
-    def _apply(self, experts: list[GatedMLP], counts: list[int], rows_ND: npt.NDArray) -> npt.NDArray:  # type: ignore[type-arg]
-        pieces = torch.split(self._stage.tensor(rows_ND).to(DTYPES[self._stage.spec.dtype]), counts)
-        out_ND = to_numpy(torch.cat([expert(piece) for expert, piece in zip(experts, pieces, strict=True)]))
-        return wire.narrow(out_ND, rows_ND.dtype)
+    def _apply(self, layer: int, experts: list[int], counts: list[int], rows_ND: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        x_ND = self._stage.tensor(rows_ND).to(DTYPES[self._stage.spec.dtype])
+        return wire.narrow(to_numpy(self._groups[layer](experts, counts, x_ND)), rows_ND.dtype)
 
     def _digest(self, layer: int, expert: int) -> bytes:
         return self._stage.loader.manifest.parts[expert_part(layer, expert)].digest

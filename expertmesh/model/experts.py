@@ -1,0 +1,80 @@
+"""Experts of one layer that a process holds, each applied to rows of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertmesh.model import cuda
+from expertmesh.model.arrays import to_torch
+from expertmesh.model.cuda import ROWS, Matrices, tiles_of
+from expertmesh.model.graphs import Graphs, padded
+from expertmesh.model.layers import GatedMLP
+
+
+class ExpertGroup:
+    """Applies experts, one after another; on CUDA the same products of all of them are one launch.
+
+    Either way a row has the bits that its expert alone gives it.
+
+    Args:
+        experts: The experts by id, all of one shape.
+        graphs: Recordings on their device, if there are to be some.
+    """
+
+    def __init__(self, experts: Mapping[int, GatedMLP], graphs: Graphs | None = None) -> None:
+        self._experts = experts
+        self._graphs = graphs
+        self._places = {expert: place for place, expert in enumerate(experts)}
+        self._grouped: _Grouped | None = None
+
+    def __call__(self, ids: Sequence[int], counts: Sequence[int], rows_ND: Tensor) -> Tensor:
+        """Rows in, rows out, in one order and dtype.
+
+        Args:
+            ids: Experts that have rows.
+            counts: How many each, at least 1.
+            rows_ND: The rows, expert by expert.
+        """
+        if not cuda.serves(rows_ND):
+            pieces = torch.split(rows_ND, list(counts))
+            return torch.cat([self._experts[expert](piece) for expert, piece in zip(ids, pieces, strict=True)])
+        grouped = self._at_their_place()
+        places = [self._places[expert] for expert in ids]
+        rows = padded(len(rows_ND)) if self._graphs else 0
+        # as many tiles as there can be for so many rows, so that one recording serves however they are spread
+        least = rows // ROWS + min(rows, len(self._experts)) if rows else 0
+        tiles_T3 = to_torch(tiles_of(places, counts, least), rows_ND.device)
+        run = self._graphs.run(grouped.apply, rows_ND, tiles_T3) if self._graphs else grouped.apply(rows_ND, tiles_T3)
+        return run[0]
+
+    def _at_their_place(self) -> _Grouped:
+        """The matrices where they are now: a model may have been moved or loaded anew."""
+        first = next(iter(self._experts.values()))
+        if self._grouped is None or self._grouped.gate.weights[0].data_ptr() != first.gate.weight.data_ptr():
+            experts = list(self._experts.values())
+            self._grouped = _Grouped(
+                first,
+                Matrices.of([expert.gate for expert in experts]),
+                Matrices.of([expert.up for expert in experts]),
+                Matrices.of([expert.down for expert in experts]),
+            )
+        return self._grouped
+
+
+@dataclass(frozen=True, eq=False)
+class _Grouped:
+    """The matrices of several experts, and one of these for what lies between the products."""
+
+    expert: GatedMLP
+    gate: Matrices
+    up: Matrices
+    down: Matrices
+
+    def apply(self, rows_ND: Tensor, tiles_T3: Tensor) -> tuple[Tensor]:
+        """Applies to the rows of each tile its expert."""
+        inner_NF = self.expert.inner(self.gate.multiply(rows_ND, tiles_T3), self.up.multiply(rows_ND, tiles_T3))
+        return (self.down.multiply(inner_NF.to(rows_ND.dtype), tiles_T3),)
