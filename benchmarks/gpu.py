@@ -321,17 +321,18 @@ def _copies() -> dict[str, dict[str, float]]:
     table: dict[str, dict[str, float]] = {}
     for rows in (1, 32, 256, 4096):
         x_TD = np.ones((rows, 512), np.float32)
+        weights_TK = torch.ones(rows, 2, device=DEVICE)
 
-        def pageable(x_TD: Any = x_TD) -> None:
+        def pageable(x_TD: Any = x_TD, weights_TK: Tensor = weights_TK) -> None:
             aligned = torch.empty(x_TD.shape)
             np.copyto(aligned.numpy(), x_TD)
             there = aligned.to(DEVICE)
-            for part in (there, there, there[:, :2], there[:, :2]):
+            for part in (there, there, weights_TK, weights_TK):
                 part.cpu().numpy()
 
-        def pinned(x_TD: Any = x_TD) -> None:
+        def pinned(x_TD: Any = x_TD, weights_TK: Tensor = weights_TK) -> None:
             there = to_torch(x_TD, DEVICE)
-            to_arrays(there, there, there[:, :2], there[:, :2])
+            to_arrays(there, there, weights_TK, weights_TK)
 
         table[f"{rows} rows of 512"] = {"pageable": by_the_clock_us(pageable), "pinned": by_the_clock_us(pinned)}
     return table

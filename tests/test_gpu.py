@@ -71,9 +71,28 @@ def test_linear_rows_do_not_depend_on_how_many_share_the_pass(shape: tuple[int, 
     )
     for weight in (weight_OD, weight_OD.T.contiguous().T):
         assert changed(partial(invariant.linear, weight_OD=weight, bias_O=bias_O), x_ND) == 0
+    many = torch.cat([x_ND] * 30)
+    assert torch.equal(
+        bits(invariant.linear(many, weight_OD, bias_O)), bits(invariant.linear(x_ND, weight_OD, bias_O)).repeat(30, 1)
+    )
     wanted = functional.linear(x_ND.double(), weight_OD.double(), bias_O.double())
     got = invariant.linear(x_ND, weight_OD, bias_O).double()
     assert (got - wanted).norm() / wanted.norm() < {"float32": 1e-6, "bfloat16": 4e-3}[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("shape", [(50, 1), (512, 1024), (3000, 70)], ids=str)
+def test_no_tiling_changes_a_bit(shape: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    width, outputs = shape
+    x_ND, weight_OD = (part.to(DTYPES[dtype]) for part in (normal(MOST, width), normal(outputs, width)))
+    tilings = (*cuda._TILINGS[DTYPES[dtype]], *cuda._FEW_ROWS[DTYPES[dtype]])
+    monkeypatch.setattr(cuda, "_FEW_ROWS", {DTYPES[dtype]: ()})
+    results = []
+    for tiling in tilings:
+        monkeypatch.setattr(cuda, "_TILINGS", {DTYPES[dtype]: (tiling,)})
+        results.append(bits(invariant.linear(x_ND, weight_OD)))
+    assert len(results) > 2
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_the_suite_notices_plain_products() -> None:
@@ -120,8 +139,12 @@ def test_every_spec_gives_the_same_bits_whole_in_chunks_and_token_by_token(name:
         assert changed_by_steps(model, [1, 66, 131, 300, 7], chunks=[1, 5, 64, 70, 128, 300], seed=1) == 0
 
 
-def test_one_token_at_a_time_comes_out_as_the_whole() -> None:
-    assert changed_by_steps(with_graphs(random_model(SPECS["grouped"]).to(DEVICE), Graphs()), [290], chunks=[1]) == 0
+@pytest.mark.parametrize("name", ["grouped", "narrow window", "sinks", "latent", "grouped in bfloat16"])
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "eager"])
+def test_one_token_at_a_time_comes_out_as_the_whole(name: str, recorded: bool) -> None:
+    model = with_graphs(random_model(SPECS[name]).to(DEVICE), Graphs() if recorded else None)
+    assert changed_by_steps(model, [290, 140, 3, 129], chunks=[1], seed=4) == 0
+    assert not recorded or model.graphs.count > 8, "rows, blocks and layers are recorded"
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
@@ -173,11 +196,12 @@ def experts(dtype: str, count: int = 6, bias: bool = True) -> dict[int, GatedMLP
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "eager"])
 def test_an_expert_among_others_gives_what_it_gives_alone(dtype: str, recorded: bool, bias: bool) -> None:
     held = experts(dtype, bias=bias)
-    group = ExpertGroup(held, Graphs() if recorded else None)
+    graphs = Graphs() if recorded else None
+    group = ExpertGroup(held, graphs)
     generator = np.random.default_rng(5)
     for turn in range(40):
         ids = sorted(generator.choice(list(held), generator.integers(1, 7), replace=False).tolist())
-        counts = generator.integers(1, [3, 20, 90][turn % 3], len(ids)).tolist()
+        counts = generator.integers(1, [3, 20, 90, 700][turn % 4], len(ids)).tolist()
         rows_ND = normal(sum(counts), 96, seed=turn).to(DTYPES[dtype])
         got = group(ids, counts, rows_ND)
         alone = [held[one](piece) for one, piece in zip(ids, rows_ND.split(counts), strict=True)]
@@ -186,6 +210,7 @@ def test_an_expert_among_others_gives_what_it_gives_alone(dtype: str, recorded: 
         row = generator.integers(len(rows_ND))
         owner = int(np.searchsorted(np.cumsum(counts), row, side="right"))
         assert torch.equal(bits(held[ids[owner]](rows_ND[row][None])), bits(got[row][None]))
+    assert graphs is None or graphs.count
 
 
 def test_experts_that_move_are_found_again() -> None:
@@ -211,7 +236,7 @@ def test_recordings_give_what_the_function_gives_and_are_bounded() -> None:
         doubled, total = graphs.run(double, x_ND)
         assert torch.equal(doubled, x_ND * 2)
         assert total.shape == (rows,)
-        assert len(graphs) <= 2
+        assert graphs.count <= 2
     recorded = len(calls)
     assert set(calls) <= set(BUCKETS)
     graphs.run(double, normal(2, 8))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from math import gcd
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from expertmesh.model import invariant
+from expertmesh.model.arrays import to_torch
+from expertmesh.model.decoding import fits, token_table
 from expertmesh.model.layers import DTYPES
 from expertmesh.model.rotary import Rotary
 from expertmesh.model.sequences import Pattern, Sequences
@@ -41,14 +44,17 @@ class KeyValueCache:
         device: Where they are.
     """
 
+    block_tokens = BLOCK_TOKENS
+
     def __init__(self, spec: ModelSpec, blocks: int, device: torch.device) -> None:
         heads, key_width, value_width = _shape(spec)
         self.blocks = blocks
+        spare = device.type == "cuda"  # one more, behind the others, for rows that only pad a step
         self._is_latent = spec.attention.kind == "latent"
         self._value_width = value_width
 
         def pool(width: int) -> Tensor:  # zeros, since even what is hidden must be finite
-            return torch.zeros(blocks, heads, BLOCK_TOKENS, width, dtype=DTYPES[spec.dtype], device=device)
+            return torch.zeros(blocks + spare, heads, BLOCK_TOKENS, width, dtype=DTYPES[spec.dtype], device=device)
 
         self._keys = [pool(key_width) for _ in range(spec.layers)]
         self._values = [] if self._is_latent else [pool(value_width) for _ in range(spec.layers)]
@@ -72,7 +78,16 @@ class KeyValueCache:
     def write(self, layer: int, block_T: Tensor, slot_T: Tensor, k_TKd: Tensor, v_TKv: Tensor) -> None:
         """Puts the rows of a step in their places; the same rows may be put there again."""
         if self._stale[layer]:
-            self._empty(layer, self._stale[layer].intersection(block_T.tolist()))
+            self.prepare(layer, block_T.tolist())
+        self.put(layer, block_T, slot_T, k_TKd, v_TKv)
+
+    def prepare(self, layer: int, blocks: Iterable[int]) -> None:
+        """Empties those blocks that are to be emptied before something is put into them."""
+        if self._stale[layer]:
+            self._empty(layer, self._stale[layer].intersection(blocks))
+
+    def put(self, layer: int, block_T: Tensor, slot_T: Tensor, k_TKd: Tensor, v_TKv: Tensor) -> None:
+        """Puts rows in their places, in blocks that are prepared."""
         self._keys[layer][block_T, :, slot_T] = k_TKd.to(self._keys[layer].dtype)
         if not self._is_latent:
             self._values[layer][block_T, :, slot_T] = v_TKv.to(self._values[layer].dtype)
@@ -139,8 +154,10 @@ class CachedSequences(Sequences):
 
     def __init__(self, spans: Sequence[Span], cache: KeyValueCache, rotary: Rotary, device: torch.device) -> None:
         super().__init__(torch.tensor([span.rows for span in spans], device=device), rotary)
+        self.cache, self.rotary = cache, rotary
         self._cache = cache
         self._device = device
+        self._spans = spans
         positions_T = np.concatenate([np.arange(span.position, span.position + span.rows) for span in spans])
         blocks_T = np.concatenate([_blocks_of_rows(span) for span in spans])
         self.positions_T = torch.from_numpy(positions_T).to(device)
@@ -167,6 +184,23 @@ class CachedSequences(Sequences):
             mixed = mixed.view(n, key_heads, rows, share, -1).permute(0, 2, 1, 3, 4).reshape(n, rows, heads, -1)
             mixed_THv[batch.rows_NP[batch.inside_NP]] = mixed[batch.inside_NP]
         return mixed_THv
+
+    def token_table(self, layer: int) -> Tensor | None:
+        """What a `decoding.TokenStep` is told of this step, if it can be one; the cache is prepared for it."""
+        if not self._is_token_step:
+            return None
+        self._cache.prepare(layer, [span.blocks[span.position // BLOCK_TOKENS] for span in self._spans])
+        return self._token_table
+
+    @cached_property
+    def _is_token_step(self) -> bool:
+        most = max(blocks_of(span.position + span.rows) for span in self._spans)
+        return all(span.rows == 1 for span in self._spans) and fits(len(self._spans), most)
+
+    @cached_property
+    def _token_table(self) -> Tensor:
+        places = [(span.position, span.blocks) for span in self._spans]
+        return to_torch(token_table(places, BLOCK_TOKENS, self._cache.blocks), self._device)
 
     def _batched(self, window: int, key_heads: int, share: int) -> list[_Batch]:
         """The tiles, batched by their shape; made once, since most layers are alike."""

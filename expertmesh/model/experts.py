@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertmesh.model import cuda
 from expertmesh.model.arrays import to_torch
-from expertmesh.model.cuda import ROWS, Matrices, tiles_of
+from expertmesh.model.cuda import Matrices, rows_of_tiles, tiles_of
 from expertmesh.model.graphs import Graphs, padded
 from expertmesh.model.layers import GatedMLP
 
@@ -44,12 +44,16 @@ class ExpertGroup:
             return torch.cat([self._experts[expert](piece) for expert, piece in zip(ids, pieces, strict=True)])
         grouped = self._at_their_place()
         places = [self._places[expert] for expert in ids]
-        rows = padded(len(rows_ND)) if self._graphs else 0
+        rows = padded(len(rows_ND)) if self._graphs is not None else 0
+        if not rows or self._graphs is None:
+            tile_rows = rows_of_tiles(len(rows_ND), len(ids))
+            tiles_T3 = to_torch(tiles_of(places, counts, tile_rows), rows_ND.device)
+            return grouped.apply(rows_ND, tiles_T3, tile_rows)[0]
         # as many tiles as there can be for so many rows, so that one recording serves however they are spread
-        least = rows // ROWS + min(rows, len(self._experts)) if rows else 0
-        tiles_T3 = to_torch(tiles_of(places, counts, least), rows_ND.device)
-        run = self._graphs.run(grouped.apply, rows_ND, tiles_T3) if self._graphs else grouped.apply(rows_ND, tiles_T3)
-        return run[0]
+        tile_rows = rows_of_tiles(rows, len(self._experts))
+        most = rows // tile_rows + min(rows, len(self._experts))
+        tiles_T3 = to_torch(tiles_of(places, counts, tile_rows, most), rows_ND.device)
+        return self._graphs.run(grouped.apply, rows_ND, tiles_T3, fixed=(tile_rows,))[0]
 
     def _at_their_place(self) -> _Grouped:
         """The matrices where they are now: a model may have been moved or loaded anew."""
@@ -74,7 +78,8 @@ class _Grouped:
     up: Matrices
     down: Matrices
 
-    def apply(self, rows_ND: Tensor, tiles_T3: Tensor) -> tuple[Tensor]:
+    def apply(self, rows_ND: Tensor, tiles_T3: Tensor, tile_rows: int) -> tuple[Tensor]:
         """Applies to the rows of each tile its expert."""
-        inner_NF = self.expert.inner(self.gate.multiply(rows_ND, tiles_T3), self.up.multiply(rows_ND, tiles_T3))
-        return (self.down.multiply(inner_NF.to(rows_ND.dtype), tiles_T3),)
+        gate_NF = self.gate.multiply(rows_ND, tiles_T3, tile_rows)
+        inner_NF = self.expert.inner(gate_NF, self.up.multiply(rows_ND, tiles_T3, tile_rows))
+        return (self.down.multiply(inner_NF.to(rows_ND.dtype), tiles_T3, tile_rows),)

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from expertmesh.dispatch import Gated
 from expertmesh.model import invariant
+from expertmesh.model.cache import CachedSequences, KeyValueCache
+from expertmesh.model.decoding import TokenStep
 from expertmesh.model.graphs import Graphs
 from expertmesh.model.layers import DTYPES, NO_DROPOUT, Dropout, GatedMLP, Linear, norm
+from expertmesh.model.rotary import Rotary
 from expertmesh.model.router import route
 from expertmesh.model.sequences import Sequences
 from expertmesh.model.spec import ModelSpec
@@ -59,10 +62,12 @@ class GatingStage(nn.Module):
 
     def forward(self, x_TD: Tensor, sequences: Sequences) -> Gated:
         """x_TD to a `Gated`: in a sparse layer with int64 expert ids and fp32 weights, else the new x_TD alone."""
-        residual_TD = self._attended(x_TD, sequences)
         if self.graphs is None:
-            return Gated(*self._behind_attention(residual_TD))
-        return Gated(*self.graphs.run(self._behind_attention, residual_TD))
+            return Gated(*self._gate(x_TD, sequences))
+        if isinstance(sequences, CachedSequences) and (table_TI := sequences.token_table(self.layer)) is not None:
+            fixed = (sequences.cache, sequences.rotary)
+            return Gated(*self.graphs.run(self._gate_tokens, x_TD, table_TI, fixed=fixed))
+        return Gated(*self.graphs.run(self._behind_attention, self._attended(x_TD, sequences)))
 
     def attend(self, x_TD: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and its norm, which router and experts see, both in float32."""
@@ -72,6 +77,12 @@ class GatingStage(nn.Module):
     def _attended(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
         attended_TD = self.attention(self.attention_norm(x_TD).to(self.dtype), sequences)
         return self._added(x_TD, self.dropout(attended_TD))
+
+    def _gate(self, x_TD: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
+        return self._behind_attention(self._attended(x_TD, sequences))
+
+    def _gate_tokens(self, x_TD: Tensor, table_TI: Tensor, cache: KeyValueCache, rotary: Rotary) -> tuple[Tensor, ...]:
+        return self._gate(x_TD, TokenStep(table_TI, cache, rotary))
 
     def _behind_attention(self, residual_TD: Tensor) -> tuple[Tensor, ...]:
         """What `forward` gives, of the residual stream after attention: a function of each row."""

@@ -35,26 +35,31 @@ class Graphs:
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
         self._pool: Any = None
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many there are."""
         return len(self._recordings)
 
-    def run(self, function: Function, rows_ND: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        """Gives `function(rows_ND, *others)`; the first time for a padded number of rows it is recorded.
+    def run(
+        self, function: Function, rows_ND: Tensor, *others: Tensor, fixed: tuple[Hashable, ...] = ()
+    ) -> tuple[Tensor, ...]:
+        """Gives `function(rows_ND, *others, *fixed)`; the first time for a padded number of rows it is recorded.
 
         Args:
             function: Its results have a row for each of `rows_ND`, which does not depend on the other rows. It must not
                 wait for the device.
             rows_ND: Rows, padded here to the next of `BUCKETS`; more than the last are computed as they are.
             others: Whatever else it takes, on the device; a shape of its own is a recording of its own.
+            fixed: What it takes that is no tensor; another one is a recording of its own.
         """
         rows = padded(len(rows_ND))
         if not rows or not rows_ND.is_cuda:
-            return function(rows_ND, *others)
-        key = (function, rows, rows_ND.shape[1:], rows_ND.dtype, tuple((x.shape, x.dtype) for x in others))
+            return function(rows_ND, *others, *fixed)
+        key = (function, fixed, rows, rows_ND.shape[1:], rows_ND.dtype, tuple((x.shape, x.dtype) for x in others))
         recording = self._recordings.get(key)
         if recording is None:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            recording = _Recording(function, rows, (rows_ND, *others), self._pool)
+            recording = _Recording(function, rows, (rows_ND, *others), fixed, self._pool)
             if len(self._recordings) >= self._most:
                 self._recordings.popitem(last=False)
             self._recordings[key] = recording
@@ -65,18 +70,20 @@ class Graphs:
 class _Recording:
     """One function at fixed shapes. All share one pool of memory: what a replay gives is copied before the next."""
 
-    def __init__(self, function: Function, rows: int, inputs: tuple[Tensor, ...], pool: Any) -> None:
+    def __init__(
+        self, function: Function, rows: int, inputs: tuple[Tensor, ...], fixed: tuple[Hashable, ...], pool: Any
+    ) -> None:
         rows_ND, *others = inputs
         with torch.cuda.device(rows_ND.device):
             self._inputs = [rows_ND.new_zeros(rows, *rows_ND.shape[1:]), *map(torch.clone, others)]
             before, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(before)
             with torch.cuda.stream(aside):
-                function(*self._inputs)  # kernels are compiled and loaded when they first run
+                function(*self._inputs, *fixed)  # kernels are compiled and loaded when they first run
             before.wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._outputs = function(*self._inputs)
+                self._outputs = function(*self._inputs, *fixed)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows = len(inputs[0])

@@ -1,9 +1,9 @@
 """Kernels for CUDA, in Triton: products, sums and norms whose every row is computed in one and the same way.
 
-A library's product picks another algorithm for another number of rows; here tiles have one size, and each element is
-added up over ascending inputs in steps of one size. So neither the number of rows, nor a row's place, nor how many
-groups share a launch can change a bit. Launching is `cuda`'s part; nothing else imports this module, since Triton is
-there only where CUDA is.
+A library's product picks another algorithm for another number of rows; here each element of a product is
+one chain of additions over ascending inputs, whatever the tile. So neither the number of rows, nor a row's place, nor
+how many groups share a launch changes a bit. Launching is `cuda`'s part; nothing else imports this module, since
+Triton is there only where CUDA is.
 """
 
 # mypy: disable-error-code="no-untyped-def"
