@@ -22,6 +22,7 @@ from expertmesh.model.layers import DTYPES, GatedMLP, narrow
 from expertmesh.model.router import route
 from expertmesh.model.spec import ExpertSpec, RouterSpec
 from expertmesh.serving.passes import are_exact
+from tests import decoders
 from tests.conftest import ROOT
 from tests.decoders import SPECS, random_model
 from tests.generating import model as fixture
@@ -137,6 +138,14 @@ def test_every_spec_gives_the_same_bits_whole_in_chunks_and_token_by_token(name:
     for graphs in (None, Graphs()):
         with_graphs(model, graphs)
         assert changed_by_steps(model, [1, 66, 131, 300, 7], chunks=[1, 5, 64, 70, 128, 300], seed=1) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in SPECS if "bfloat16" not in name])
+def test_cuda_computes_what_the_processor_computes(name: str) -> None:
+    ids_T = decoders.texts([150])[0]
+    wanted = decoders.whole_logits(random_model(SPECS[name]), ids_T)
+    got = decoders.whole_logits(random_model(SPECS[name]).to(DEVICE), ids_T).cpu()
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["grouped", "narrow window", "sinks", "latent", "grouped in bfloat16"])

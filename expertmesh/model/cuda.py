@@ -7,11 +7,13 @@ for what was measured. So products, sums and norms run as kernels of our own the
 
 from __future__ import annotations
 
-import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -59,8 +61,15 @@ _FEW_ROWS = {torch.float32: (Tiling(1, 32, 64, 1, 3), Tiling(4, 16, 64, 1, 3)), 
 
 @cache
 def has_kernels() -> bool:
-    """Whether our kernels can run: Triton comes with torch's CUDA builds for Linux."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether our kernels can run: with Triton, which torch's CUDA builds for Linux bring, and the C compiler it needs.
+
+    Triton before 3.3, that of torch 2.6, has no tiles of fewer than 16 rows.
+    """
+    try:
+        major, minor, *_ = version("triton").split(".")
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (3, 3) and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
 @cache
@@ -149,7 +158,7 @@ class Matrices:
         outputs, inputs = self.weights[0].shape
         out_NO = x_ND.new_empty(len(x_ND), outputs)
         choice = [tiling for tiling in _TILINGS[x_ND.dtype] if tiling.rows == tile_rows]
-        tiling = _choose(choice, lambda _: len(tiles_T3), outputs)
+        tiling = _choose(choice, outputs, lambda _: len(tiles_T3))
         _launch(
             (x_ND, self.addresses_E, self.bias_addresses_E, out_NO, tiles_T3, 0, 0, outputs, inputs, inputs, 0),
             (len(tiles_T3), -(-outputs // tiling.outputs)),
@@ -192,7 +201,8 @@ def _multiply(
     *_, rows, inputs = x.shape
     outputs = out.shape[-1]
     few = next((tiling for tiling in _FEW_ROWS[x.dtype] if rows <= tiling.rows), None)
-    tiling = few or _choose(_TILINGS[x.dtype], lambda tiling: groups * -(-rows // tiling.rows), outputs)
+    sparing = [tiling for tiling in _TILINGS[x.dtype] if tiling.rows < 2 * rows] or _TILINGS[x.dtype][-1:]
+    tiling = few or _choose(sparing, outputs, lambda tiling: groups * -(-rows // tiling.rows))
     row_tiles = -(-rows // tiling.rows)
     _launch(
         (x.contiguous(), y, bias, out, None, rows, row_tiles, outputs, inputs, stride, group_stride),
@@ -202,7 +212,7 @@ def _multiply(
     )
 
 
-def _choose(choice: Sequence[Tiling], row_tiles: Callable[[Tiling], int], outputs: int) -> Tiling:
+def _choose(choice: Sequence[Tiling], outputs: int, row_tiles: Callable[[Tiling], int]) -> Tiling:
     for tiling in choice:
         if row_tiles(tiling) * -(-outputs // tiling.outputs) >= _ENOUGH_PROGRAMS:
             return tiling

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 BUCKETS = (16, 64, 256)  # numbers of rows that are recorded
-MOST_GRAPHS = 256
+MOST_GRAPHS = 512
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -47,7 +47,7 @@ class Graphs:
 
         Args:
             function: Its results have a row for each of `rows_ND`, which does not depend on the other rows. It must not
-                wait for the device.
+                wait for the device, and what it reads besides must stay where it is, weights for instance.
             rows_ND: Rows, padded here to the next of `BUCKETS`; more than the last are computed as they are.
             others: Whatever else it takes, on the device; a shape of its own is a recording of its own.
             fixed: What it takes that is no tensor; another one is a recording of its own.

@@ -16,6 +16,7 @@ from expertmesh import __version__
 from expertmesh.checkpoint.load import StageLoader
 from expertmesh.errors import SetupError
 from expertmesh.model.arrays import to_torch
+from expertmesh.model.cuda import has_kernels
 from expertmesh.model.fingerprint import Profile, take_profile
 from expertmesh.model.graphs import Graphs
 from expertmesh.model.sequences import Sequences
@@ -41,7 +42,7 @@ class Stage:
     def __init__(self, kind: str, settings: ModelSettings) -> None:
         self.kind = kind
         self.device = open_device(settings.device, settings.threads)
-        has_graphs = settings.cuda_graphs and self.device.type == "cuda"
+        has_graphs = settings.cuda_graphs and self.device.type == "cuda" and has_kernels()
         self.loader = StageLoader(Path(settings.model), self.device, Graphs() if has_graphs else None)
         self.profile: Profile = take_profile(self.spec, self.device)
         self._turn = asyncio.Lock()
