@@ -155,26 +155,34 @@ class CachedSequences(Sequences):
     def __init__(self, spans: Sequence[Span], cache: KeyValueCache, rotary: Rotary, device: torch.device) -> None:
         super().__init__(torch.tensor([span.rows for span in spans], device=device), rotary)
         self.cache, self.rotary = cache, rotary
-        self._cache = cache
         self._device = device
         self._spans = spans
-        positions_T = np.concatenate([np.arange(span.position, span.position + span.rows) for span in spans])
-        blocks_T = np.concatenate([_blocks_of_rows(span) for span in spans])
-        self.positions_T = torch.from_numpy(positions_T).to(device)
-        self._block_T = torch.from_numpy(blocks_T).to(device)
-        self._slot_T = self.positions_T % BLOCK_TOKENS
         self._tiles = list(_tiles(spans))
         self._batches: dict[tuple[int, int, int], list[_Batch]] = {}
 
+    @cached_property
+    def positions_T(self) -> Tensor:
+        """Position of each token row within its sequence."""
+        positions = [np.arange(span.position, span.position + span.rows) for span in self._spans]
+        return torch.from_numpy(np.concatenate(positions)).to(self._device)
+
+    @cached_property
+    def _block_T(self) -> Tensor:
+        return torch.from_numpy(np.concatenate([_blocks_of_rows(span) for span in self._spans])).to(self._device)
+
+    @cached_property
+    def _slot_T(self) -> Tensor:
+        return self.positions_T % BLOCK_TOKENS
+
     def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKv: Tensor, pattern: Pattern) -> Tensor:
         """Caches the rows' keys and values, and attends to everything before them and themselves; float32."""
-        self._cache.write(pattern.layer, self._block_T, self._slot_T, k_TKd, v_TKv)
+        self.cache.write(pattern.layer, self._block_T, self._slot_T, k_TKd, v_TKv)
         _, heads, _ = q_THd.shape
         key_heads = k_TKd.shape[1]
         share = heads // key_heads
         mixed_THv = q_THd.new_empty(len(q_THd), heads, v_TKv.shape[2], dtype=torch.float32)
         for batch in self._batched(pattern.window, key_heads, share):
-            keys, values = self._cache.read(pattern.layer, batch.blocks_NB)
+            keys, values = self.cache.read(pattern.layer, batch.blocks_NB)
             n, rows = batch.rows_NP.shape
             q = q_THd[batch.rows_NP].to(keys.dtype).view(n, rows, key_heads, share, -1)
             q_NKMd = q.permute(0, 2, 1, 3, 4).reshape(n, key_heads, rows * share, -1)
@@ -189,7 +197,7 @@ class CachedSequences(Sequences):
         """What a `decoding.TokenStep` is told of this step, if it can be one; the cache is prepared for it."""
         if not self._is_token_step:
             return None
-        self._cache.prepare(layer, [span.blocks[span.position // BLOCK_TOKENS] for span in self._spans])
+        self.cache.prepare(layer, [span.blocks[span.position // BLOCK_TOKENS] for span in self._spans])
         return self._token_table
 
     @cached_property
@@ -200,7 +208,7 @@ class CachedSequences(Sequences):
     @cached_property
     def _token_table(self) -> Tensor:
         places = [(span.position, span.blocks) for span in self._spans]
-        return to_torch(token_table(places, BLOCK_TOKENS, self._cache.blocks), self._device)
+        return to_torch(token_table(places, BLOCK_TOKENS, self.cache.blocks), self._device)
 
     def _batched(self, window: int, key_heads: int, share: int) -> list[_Batch]:
         """The tiles, batched by their shape; made once, since most layers are alike."""
