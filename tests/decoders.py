@@ -177,7 +177,7 @@ def texts(lengths: Sequence[int], seed: int = 0, vocab: int = 89) -> list[Tensor
 
 def whole_logits(model: FullModel, ids_T: Tensor) -> Tensor:
     """Logits [T, V] of one sequence computed alone and whole."""
-    return model.logits(ids_T, torch.tensor([len(ids_T)]))
+    return model.logits(ids_T.to(model.device), torch.tensor([len(ids_T)]))
 
 
 class Serving:
@@ -192,7 +192,7 @@ class Serving:
     def __init__(self, model: FullModel, blocks: int, seed: int = 0) -> None:
         self.model = model
         generator = torch.Generator().manual_seed(seed)
-        self.cache = KeyValueCache(model.spec, blocks, CPU)
+        self.cache = KeyValueCache(model.spec, blocks, model.device)
         for pool in [*self.cache._keys, *self.cache._values]:
             pool.copy_(9 * torch.randn(pool.shape, generator=generator))
         self._free = torch.randperm(blocks, generator=generator).tolist()
@@ -208,8 +208,8 @@ class Serving:
                 held.append(self._free.pop())
             spans.append(Span(tuple(held), position, len(ids_T)))
             self._positions[sequence] += len(ids_T)
-        sequences = CachedSequences(spans, self.cache, self.model.rotary, CPU)
-        x_TD = self.model.rows(torch.cat([ids_T for _, ids_T in rows]), sequences)
+        sequences = CachedSequences(spans, self.cache, self.model.rotary, self.model.device)
+        x_TD = self.model.rows(torch.cat([ids_T for _, ids_T in rows]).to(self.model.device), sequences)
         logits_TV: Tensor = self.model.classifier(x_TD)
         return list(logits_TV.split([span.rows for span in spans]))
 

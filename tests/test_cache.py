@@ -152,8 +152,8 @@ def test_long_work_is_cut_into_batches_without_changing_a_bit(monkeypatch: pytes
 def test_fp32_and_bf16_on_one_processor_are_exact_and_mixtures_are_not() -> None:
     assert are_exact({"cpu-fp32 AVX2 1"})
     assert are_exact({"cpu-bf16 AVX2 1"})
-    assert not are_exact({"cuda-fp32 H100 1"})
-    assert not are_exact({"cuda-bf16 H100 1"})
+    assert not are_exact({"plain-cuda-fp32 NVIDIA H100 1"})
+    assert not are_exact({"cuda-fp32 another card 1"})
     assert not are_exact({"cpu-fp32 AVX2 1", "cpu-fp32 AVX2 2"})
     assert not are_exact({"cpu-fp32 AVX2 1", "cpu-bf16 AVX2 1"})
 

@@ -78,7 +78,8 @@ def texts(lengths: list[int], seed: int = 0) -> list[Tensor]:
 
 def run(model: FullModel, batch: list[Tensor], threads: int = 1, observe: Any = None) -> Scores:
     torch.set_num_threads(threads)
-    return model(torch.cat(batch), torch.tensor([len(ids_T) for ids_T in batch]), observe)
+    lengths_B = torch.tensor([len(ids_T) for ids_T in batch])
+    return model(torch.cat(batch).to(model.device), lengths_B.to(model.device), observe)
 
 
 def differing_rows(got: Tensor, wanted: Tensor) -> int:

@@ -16,6 +16,7 @@ from expertmesh.model.attention import gating_stage
 from expertmesh.model.embedding import EmbeddingStage
 from expertmesh.model.full import FullModel
 from expertmesh.model.gating import GatingStage
+from expertmesh.model.graphs import Graphs
 from expertmesh.model.head import ClassifierStage, LanguageHead, head
 from expertmesh.model.layers import DTYPES, GatedMLP, arrange, narrow
 from expertmesh.model.rotary import Rotary
@@ -29,14 +30,16 @@ class StageLoader:
     Args:
         folder: The split model.
         device: Where the weights go.
+        graphs: Of that device, for what is computed with them.
 
     Raises:
         BadCheckpoint: From every method: the part is missing, damaged, or does not fit the spec.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, graphs: Graphs | None = None) -> None:
         self.folder = folder
         self.device = device
+        self.graphs = graphs
         self.manifest = Manifest.read(folder)
         self.spec = self.manifest.spec
         self.loaded: list[str] = []
@@ -47,7 +50,9 @@ class StageLoader:
 
     def gating(self, layer: int) -> GatingStage:
         """One layer's attention and router."""
-        return self._load(names.gating_part(layer), lambda: gating_stage(self.spec, layer))
+        stage = self._load(names.gating_part(layer), lambda: gating_stage(self.spec, layer))
+        stage.graphs = self.graphs
+        return stage
 
     def expert(self, layer: int, expert: int) -> GatedMLP:
         """One expert."""
@@ -65,6 +70,7 @@ class StageLoader:
         """Every stage."""
         with torch.device("meta"):
             model = FullModel(self.spec)
+        model.graphs = self.graphs
         model.embedding = self.embedding()
         for layer in range(self.spec.layers):
             model.gating[layer] = self.gating(layer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from math import gcd
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from expertmesh.model import invariant
+from expertmesh.model.arrays import to_torch
+from expertmesh.model.decoding import fits, token_table
 from expertmesh.model.layers import DTYPES
 from expertmesh.model.rotary import Rotary
 from expertmesh.model.sequences import Pattern, Sequences
@@ -41,14 +44,17 @@ class KeyValueCache:
         device: Where they are.
     """
 
+    block_tokens = BLOCK_TOKENS
+
     def __init__(self, spec: ModelSpec, blocks: int, device: torch.device) -> None:
         heads, key_width, value_width = _shape(spec)
         self.blocks = blocks
+        spare = device.type == "cuda"  # one more, behind the others, for rows that only pad a step
         self._is_latent = spec.attention.kind == "latent"
         self._value_width = value_width
 
         def pool(width: int) -> Tensor:  # zeros, since even what is hidden must be finite
-            return torch.zeros(blocks, heads, BLOCK_TOKENS, width, dtype=DTYPES[spec.dtype], device=device)
+            return torch.zeros(blocks + spare, heads, BLOCK_TOKENS, width, dtype=DTYPES[spec.dtype], device=device)
 
         self._keys = [pool(key_width) for _ in range(spec.layers)]
         self._values = [] if self._is_latent else [pool(value_width) for _ in range(spec.layers)]
@@ -72,7 +78,16 @@ class KeyValueCache:
     def write(self, layer: int, block_T: Tensor, slot_T: Tensor, k_TKd: Tensor, v_TKv: Tensor) -> None:
         """Puts the rows of a step in their places; the same rows may be put there again."""
         if self._stale[layer]:
-            self._empty(layer, self._stale[layer].intersection(block_T.tolist()))
+            self.prepare(layer, block_T.tolist())
+        self.put(layer, block_T, slot_T, k_TKd, v_TKv)
+
+    def prepare(self, layer: int, blocks: Iterable[int]) -> None:
+        """Empties those blocks that are to be emptied before something is put into them."""
+        if self._stale[layer]:
+            self._empty(layer, self._stale[layer].intersection(blocks))
+
+    def put(self, layer: int, block_T: Tensor, slot_T: Tensor, k_TKd: Tensor, v_TKv: Tensor) -> None:
+        """Puts rows in their places, in blocks that are prepared."""
         self._keys[layer][block_T, :, slot_T] = k_TKd.to(self._keys[layer].dtype)
         if not self._is_latent:
             self._values[layer][block_T, :, slot_T] = v_TKv.to(self._values[layer].dtype)
@@ -144,25 +159,35 @@ class CachedSequences(Sequences):
 
     def __init__(self, spans: Sequence[Span], cache: KeyValueCache, rotary: Rotary, device: torch.device) -> None:
         super().__init__(torch.tensor([span.rows for span in spans], device=device), rotary)
-        self._cache = cache
+        self.cache, self.rotary = cache, rotary
         self._device = device
-        positions_T = np.concatenate([np.arange(span.position, span.position + span.rows) for span in spans])
-        blocks_T = np.concatenate([_blocks_of_rows(span) for span in spans])
-        self.positions_T = torch.from_numpy(positions_T).to(device)
-        self._block_T = torch.from_numpy(blocks_T).to(device)
-        self._slot_T = self.positions_T % BLOCK_TOKENS
+        self._spans = spans
         self._tiles = list(_tiles(spans))
         self._batches: dict[tuple[int, int, int], list[_Batch]] = {}
 
+    @cached_property
+    def positions_T(self) -> Tensor:
+        """Position of each token row within its sequence."""
+        positions = [np.arange(span.position, span.position + span.rows) for span in self._spans]
+        return torch.from_numpy(np.concatenate(positions)).to(self._device)
+
+    @cached_property
+    def _block_T(self) -> Tensor:
+        return torch.from_numpy(np.concatenate([_blocks_of_rows(span) for span in self._spans])).to(self._device)
+
+    @cached_property
+    def _slot_T(self) -> Tensor:
+        return self.positions_T % BLOCK_TOKENS
+
     def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKv: Tensor, pattern: Pattern) -> Tensor:
         """Caches the rows' keys and values, and attends to everything before them and themselves; float32."""
-        self._cache.write(pattern.layer, self._block_T, self._slot_T, k_TKd, v_TKv)
+        self.cache.write(pattern.layer, self._block_T, self._slot_T, k_TKd, v_TKv)
         _, heads, _ = q_THd.shape
         key_heads = k_TKd.shape[1]
         share = heads // key_heads
         mixed_THv = q_THd.new_empty(len(q_THd), heads, v_TKv.shape[2], dtype=torch.float32)
         for batch in self._batched(pattern.window, key_heads, share):
-            keys, values = self._cache.read(pattern.layer, batch.blocks_NB)
+            keys, values = self.cache.read(pattern.layer, batch.blocks_NB)
             n, rows = batch.rows_NP.shape
             q = q_THd[batch.rows_NP].to(keys.dtype).view(n, rows, key_heads, share, -1)
             q_NKMd = q.permute(0, 2, 1, 3, 4).reshape(n, key_heads, rows * share, -1)
@@ -172,6 +197,23 @@ class CachedSequences(Sequences):
             mixed = mixed.view(n, key_heads, rows, share, -1).permute(0, 2, 1, 3, 4).reshape(n, rows, heads, -1)
             mixed_THv[batch.rows_NP[batch.inside_NP]] = mixed[batch.inside_NP]
         return mixed_THv
+
+    def token_table(self, layer: int) -> Tensor | None:
+        """What a `decoding.TokenStep` is told of this step, if it can be one; the cache is prepared for it."""
+        if not self._is_token_step:
+            return None
+        self.cache.prepare(layer, [span.blocks[span.position // BLOCK_TOKENS] for span in self._spans])
+        return self._token_table
+
+    @cached_property
+    def _is_token_step(self) -> bool:
+        most = max(blocks_of(span.position + span.rows) for span in self._spans)
+        return all(span.rows == 1 for span in self._spans) and fits(len(self._spans), most)
+
+    @cached_property
+    def _token_table(self) -> Tensor:
+        places = [(span.position, span.blocks) for span in self._spans]
+        return to_torch(token_table(places, BLOCK_TOKENS, self.cache.blocks), self._device)
 
     def _batched(self, window: int, key_heads: int, share: int) -> list[_Batch]:
         """The tiles, batched by their shape; made once, since most layers are alike."""

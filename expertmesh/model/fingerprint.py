@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertmesh.model import invariant
+from expertmesh.model.cuda import has_kernels
 from expertmesh.model.layers import DTYPES, RMSNorm
 from expertmesh.model.router import route
 from expertmesh.model.spec import ModelSpec
@@ -57,7 +58,8 @@ def take_profile(spec: ModelSpec, device: torch.device) -> Profile:
         digest.update(result.float().contiguous().cpu().numpy().tobytes())
     fingerprint = digest.hexdigest()[:HEX_DIGITS]
     features = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    name = f"{device.type}-{_NAMES[spec.dtype]} {features} torch-{torch.__version__} {fingerprint}"
+    kind = device.type if device.type == "cpu" or has_kernels() else f"plain-{device.type}"
+    name = f"{kind}-{_NAMES[spec.dtype]} {features} torch-{torch.__version__} {fingerprint}"
     return Profile(fingerprint, name)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,8 @@ from expertmesh.dispatch import ApplyExperts, Embed, Gate, Gated, Score, Scores,
 from expertmesh.model.attention import gating_stage
 from expertmesh.model.cache import CachedSequences, KeyValueCache, Span, blocks_of
 from expertmesh.model.embedding import EmbeddingStage
+from expertmesh.model.experts import ExpertGroup
+from expertmesh.model.graphs import Graphs
 from expertmesh.model.head import head
 from expertmesh.model.layers import NO_DROPOUT, Dropout, GatedMLP
 from expertmesh.model.rotary import Rotary
@@ -39,6 +43,7 @@ class FullModel(nn.Module):
             for count in (spec.router.experts if layer in spec.sparse_layers else 0 for layer in range(spec.layers))
         )
         self.classifier = head(spec, dropout)
+        self.graphs: Graphs | None = None
         self._rotary: Rotary | None = None
 
     def forward(self, ids_T: Tensor, lengths_B: Tensor, observe: Observer | None = None) -> Scores:
@@ -97,6 +102,11 @@ class FullModel(nn.Module):
 
         return answer
 
+    @cached_property
+    def _groups(self) -> list[ExpertGroup]:
+        experts: Any = self.experts
+        return [ExpertGroup(dict(enumerate(layer)), self.graphs) for layer in experts]
+
     def _answer(self, call: StageCall, sequences: Sequences) -> Any:
         match call:
             case Embed(ids_T=ids_T):
@@ -107,8 +117,7 @@ class FullModel(nn.Module):
                     return gated
                 return replace(gated, expert_ids_TK=gated.expert_ids_TK.cpu())  # the dispatch is planned on the host
             case ApplyExperts(layer=layer, rows_ND=rows_ND):
-                experts: Any = self.experts[layer]
-                parts = torch.split(rows_ND, call.counts_E.tolist())
-                return torch.cat([experts[expert](part) for expert, part in enumerate(parts) if len(part)]).float()
+                ids = np.flatnonzero(call.counts_E)
+                return self._groups[layer](ids.tolist(), call.counts_E[ids].tolist(), rows_ND).float()
             case Score(x_TD=x_TD):
                 return self.classifier(x_TD, sequences)

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from expertmesh.dispatch import Gated
 from expertmesh.model import invariant
+from expertmesh.model.cache import CachedSequences, KeyValueCache
+from expertmesh.model.decoding import TokenStep
+from expertmesh.model.graphs import Graphs
 from expertmesh.model.layers import DTYPES, NO_DROPOUT, Dropout, GatedMLP, Linear, norm
+from expertmesh.model.rotary import Rotary
 from expertmesh.model.router import route
 from expertmesh.model.sequences import Sequences
 from expertmesh.model.spec import ModelSpec
@@ -34,6 +38,7 @@ class GatingStage(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int = 0, dropout: Dropout = NO_DROPOUT) -> None:
         super().__init__()
         self.layer = layer
+        self.graphs: Graphs | None = None
         self.router_spec = spec.router
         self.residual_multiplier = spec.residual_multiplier
         self.dtype = DTYPES[spec.dtype]
@@ -57,20 +62,38 @@ class GatingStage(nn.Module):
 
     def forward(self, x_TD: Tensor, sequences: Sequences) -> Gated:
         """x_TD to a `Gated`: in a sparse layer with int64 expert ids and fp32 weights, else the new x_TD alone."""
-        residual_TD, normed_TD = self.attend(x_TD, sequences)
-        expert_input_TD = normed_TD.to(self.dtype)
-        if not self.is_sparse:
-            return Gated(self._added(residual_TD, self.dense(expert_input_TD)))
-        ids_TK, weights_TK = self.route(self.router_logits(normed_TD))
-        if self.has_shared:
-            residual_TD = self._added(residual_TD, self._shared(expert_input_TD))
-        return Gated(residual_TD, expert_input_TD, ids_TK, weights_TK)
+        if self.graphs is None:
+            return Gated(*self._gate(x_TD, sequences))
+        if isinstance(sequences, CachedSequences) and (table_TI := sequences.token_table(self.layer)) is not None:
+            fixed = (sequences.cache, sequences.rotary)
+            return Gated(*self.graphs.run(self._gate_tokens, x_TD, table_TI, fixed=fixed))
+        return Gated(*self.graphs.run(self._behind_attention, self._attended(x_TD, sequences)))
 
     def attend(self, x_TD: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and its norm, which router and experts see, both in float32."""
-        attended_TD = self.attention(self.attention_norm(x_TD).to(self.dtype), sequences)
-        residual_TD = self._added(x_TD, self.dropout(attended_TD))
+        residual_TD = self._attended(x_TD, sequences)
         return residual_TD, self.expert_norm(residual_TD)
+
+    def _attended(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
+        attended_TD = self.attention(self.attention_norm(x_TD).to(self.dtype), sequences)
+        return self._added(x_TD, self.dropout(attended_TD))
+
+    def _gate(self, x_TD: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
+        return self._behind_attention(self._attended(x_TD, sequences))
+
+    def _gate_tokens(self, x_TD: Tensor, table_TI: Tensor, cache: KeyValueCache, rotary: Rotary) -> tuple[Tensor, ...]:
+        return self._gate(x_TD, TokenStep(table_TI, cache, rotary))
+
+    def _behind_attention(self, residual_TD: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` gives, of the residual stream after attention: a function of each row."""
+        normed_TD = self.expert_norm(residual_TD)
+        expert_input_TD = normed_TD.to(self.dtype)
+        if not self.is_sparse:
+            return (self._added(residual_TD, self.dense(expert_input_TD)),)
+        ids_TK, weights_TK = self.route(self.router_logits(normed_TD))
+        if self.has_shared:
+            residual_TD = self._added(residual_TD, self._shared(expert_input_TD))
+        return residual_TD, expert_input_TD, ids_TK, weights_TK
 
     def attention(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
         """What attention adds to the residual stream."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertmesh.dispatch import Scores
+from expertmesh.model import cuda
 from expertmesh.model.layers import NO_DROPOUT, Dropout, Linear, norm
 from expertmesh.model.sequences import Sequences
 from expertmesh.model.spec import ModelSpec
@@ -34,7 +35,8 @@ class ClassifierStage(nn.Module):
             x_NLD = x_TD[group.rows_NL]
             parts = []
             if self.pool != "max":
-                total_ND = (x_NLD * group.inside_NL[:, :, None]).sum(dim=1)
+                inside_NLD = x_NLD * group.inside_NL[:, :, None]
+                total_ND = cuda.row_sums(inside_NLD.mT) if cuda.serves(x_NLD) else inside_NLD.sum(dim=1)
                 parts.append(total_ND / group.lengths_N[:, None])
             if self.pool != "mean":
                 parts.append(x_NLD.amax(dim=1))

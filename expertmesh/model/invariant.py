@@ -25,6 +25,7 @@ In bfloat16, weights may lie either way. torch computes products of up to `SMALL
 kernel, which rounds differently: rows are padded until a product is larger than that. Larger ones were equal, padded or
 not, but where there is AMX: from `AMX_INNER` inputs up, sums are cut in other places for other numbers of rows, so
 every product there has `AMX_ROWS`.
+On CUDA, products and sums are kernels of our own; see `cuda`.
 Models are written with these operations only; tests/test_invariant.py holds them to it.
 """
 
@@ -33,6 +34,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from expertmesh.model import cuda
 
 ROW_MULTIPLE = 8
 COLUMN_MULTIPLE = 4
@@ -70,6 +73,8 @@ def padded(x_ND: Tensor) -> Tensor:
 
 def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """Multiplies rows with a weight matrix: [N, D] and [O, D] give [N, O]."""
+    if cuda.serves(x_ND):
+        return cuda.linear(x_ND, weight_OD, bias_O)
     if not has_columns_first(x_ND) or (weight_OD.requires_grad and torch.is_grad_enabled()):
         return _linear_by_rows(x_ND, weight_OD, bias_O)
     rows, outputs = len(x_ND), len(weight_OD)
@@ -125,6 +130,16 @@ def _padded_rows(rows: int, multiplications: int, dtype: torch.dtype) -> int:
     return rows + -rows % ROW_MULTIPLE
 
 
+def products(x_GND: Tensor, y_GDO: Tensor) -> Tensor:
+    """A product for each of G groups: [G, N, D] and [G, D, O] give [G, N, O]."""
+    return cuda.products(x_GND, y_GDO) if cuda.serves(x_GND) else torch.bmm(x_GND, y_GDO)
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """Sums over the last dimension."""
+    return cuda.row_sums(x) if cuda.serves(x) else x.sum(dim=-1)
+
+
 def silu(x: Tensor) -> Tensor:
     """X * sigmoid(x), element by element, the same at every position (Elfwing et al., 2017)."""
     if torch.is_grad_enabled():
@@ -154,11 +169,11 @@ def bidirectional_attention(q_NHLd: Tensor, k_NHLd: Tensor, v_NHLd: Tensor, leng
     """
     n, heads, length, width = q_NHLd.shape
     flat = (n * heads, length, width)
-    scores = torch.bmm(q_NHLd.reshape(flat), k_NHLd.reshape(flat).transpose(1, 2)) * width**-0.5
+    scores = products(q_NHLd.reshape(flat), k_NHLd.reshape(flat).transpose(1, 2)) * width**-0.5
     behind_NL = torch.arange(length, device=lengths_N.device)[None, :] >= lengths_N[:, None]
     scores = scores.view(n, heads, length, length).masked_fill(behind_NL[:, None, None, :], float("-inf"))
     weights = torch.softmax(scores, dim=-1).view(n * heads, length, length)
-    return torch.bmm(weights.to(v_NHLd.dtype), v_NHLd.reshape(flat)).view(n, heads, length, width)
+    return products(weights.to(v_NHLd.dtype), v_NHLd.reshape(flat)).view(n, heads, length, width)
 
 
 def causal_attention(
@@ -184,18 +199,18 @@ def causal_attention(
     n, blocks, heads, size, width = k_NBKSd.shape
     rows = q_NKMd.shape[2]
     q = q_NKMd[:, None].expand(n, blocks, heads, rows, width).reshape(-1, rows, width)
-    scores = torch.bmm(q, k_NBKSd.reshape(-1, size, width).transpose(1, 2)).float() * scale
+    scores = products(q, k_NBKSd.reshape(-1, size, width).transpose(1, 2)).float() * scale
     scores = scores.view(n, blocks, heads, rows, size).masked_fill(hidden_NBMS[:, :, None], float("-inf"))
     best_NKM = scores.amax(dim=(1, 4))
     if sinks_KM is not None:
         best_NKM = torch.maximum(best_NKM, sinks_KM)
     weights = torch.exp(scores - best_NKM[:, None, :, :, None])
-    totals = weights.sum(dim=-1)
+    totals = row_sums(weights)
     value_width = v_NBKSv.shape[-1]
     if more_columns := -value_width % COLUMN_MULTIPLE:
         v_NBKSv = F.pad(v_NBKSv, (0, more_columns))
     flat = weights.to(v_NBKSv.dtype).view(-1, rows, size)
-    mixed = torch.bmm(flat, v_NBKSv.reshape(flat.shape[0], size, -1)).float().view(n, blocks, heads, rows, -1)
+    mixed = products(flat, v_NBKSv.reshape(flat.shape[0], size, -1)).float().view(n, blocks, heads, rows, -1)
     mixed = mixed[..., :value_width]
     total_NKM, mixed_NKMv = totals[:, 0], mixed[:, 0]
     for block in range(1, blocks):

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from expertmesh.model import invariant
+from expertmesh.model import cuda, invariant
 from expertmesh.model.spec import ExpertSpec, NormSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -91,6 +91,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same in float32."""
+        if cuda.serves(x):
+            return cuda.rms_norm(x, self.weight, self.eps)
         wide = x.float()
         return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
@@ -132,19 +134,21 @@ class GatedMLP(nn.Module):
         rows = len(rows_ND)
         if rows % invariant.ROW_MULTIPLE and invariant.has_columns_first(rows_ND):
             rows_ND = invariant.padded(rows_ND)  # once for both products
-        gate, up = self.gate_and_up(rows_ND)
-        if rows_ND.dtype != torch.float32:
-            gate, up = gate.float(), up.float()
-        if self.clamped:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-            inner = gate * invariant.sigmoid(self.alpha * gate) * (up + 1.0)
-        else:
-            inner = invariant.silu(gate)
-            inner = inner * up if torch.is_grad_enabled() else inner.mul_(up)
+        inner_NF = self.inner(*self.gate_and_up(rows_ND))
         if self.training:
-            inner = self.dropout(inner)
-        out_ND: Tensor = self.down(inner.to(rows_ND.dtype))
+            inner_NF = self.dropout(inner_NF)
+        out_ND: Tensor = self.down(inner_NF.to(rows_ND.dtype))
         return out_ND if len(out_ND) == rows else out_ND[:rows]
+
+    def inner(self, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+        """What lies between the products, in float32."""
+        if gate_NF.dtype != torch.float32:
+            gate_NF, up_NF = gate_NF.float(), up_NF.float()
+        if self.clamped:
+            gate_NF, up_NF = gate_NF.clamp(max=self.limit), up_NF.clamp(-self.limit, self.limit)
+            return gate_NF * invariant.sigmoid(self.alpha * gate_NF) * (up_NF + 1.0)
+        inner_NF = invariant.silu(gate_NF)
+        return inner_NF * up_NF if torch.is_grad_enabled() else inner_NF.mul_(up_NF)
 
 
 def table(rows: int, width: int) -> nn.Embedding:

@@ -58,6 +58,7 @@ class ModelSettings(Settings):
     threads: int = setting("threads to compute with on cpu", 1)
     simulate_step_ms: float = setting("for benchmarks: milliseconds that every piece of work takes at least", 0.0)
     simulate_row_us: float = setting("for benchmarks: microseconds more for every token row in it", 0.0)
+    cuda_graphs: bool = setting("on cuda, record what is computed for few rows and replay it", True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,11 @@ from expertmesh.v1.inference_pb2 import Classification, Route, StageTiming
 from expertmesh.wire import encode
 
 PROFILE_SEPARATOR = " + "
-EXACT_PROFILES = ("cpu-fp32 ", "cpu-bf16 ")
+EXACT_PROFILES = (
+    "cpu-fp32 ",
+    "cpu-bf16 ",
+    *(f"cuda-{dtype} NVIDIA {card}" for dtype in ("fp32", "bf16") for card in ("H100", "H200")),  # docs/gpu.md
+)
 
 
 @dataclass

@@ -14,7 +14,9 @@ from expertmesh import __version__
 from expertmesh.checkpoint.load import StageLoader
 from expertmesh.errors import SetupError
 from expertmesh.model.arrays import to_torch
+from expertmesh.model.cuda import has_kernels
 from expertmesh.model.fingerprint import Profile, take_profile
+from expertmesh.model.graphs import Graphs
 from expertmesh.model.sequences import Sequences
 from expertmesh.model.spec import ModelSpec
 from expertmesh.rpc.settings import ModelSettings
@@ -42,7 +44,8 @@ class Stage:
     def __init__(self, kind: str, settings: ModelSettings, together_rows: int = 1024) -> None:
         self.kind = kind
         self.device = open_device(settings.device, settings.threads)
-        self.loader = StageLoader(Path(settings.model), self.device)
+        has_graphs = settings.cuda_graphs and self.device.type == "cuda" and has_kernels()
+        self.loader = StageLoader(Path(settings.model), self.device, Graphs() if has_graphs else None)
         self.profile: Profile = take_profile(self.spec, self.device)
         simulated = SimulatedTime(settings.simulate_step_ms / 1e3, settings.simulate_row_us / 1e6)
         self.turns = Turns(kind, simulated, together_rows)

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from expertmesh import wire
 from expertmesh.model.arrays import to_numpy
+from expertmesh.model.experts import ExpertGroup
 from expertmesh.model.layers import DTYPES, GatedMLP
 from expertmesh.serving.stage import Stage
 
@@ -46,6 +45,10 @@ class Bank:
         self._stage = stage
         self._dtype = DTYPES[stage.spec.dtype]
         self.pair2expert: dict[tuple[int, int], GatedMLP] = {pair: stage.loader.expert(*pair) for pair in pairs}
+        self._groups = {
+            layer: ExpertGroup({e: self.pair2expert[one, e] for one, e in pairs if one == layer}, stage.loader.graphs)
+            for layer in {layer for layer, _ in pairs}
+        }
 
     def apply(self, layer: int, calls: Sequence[Rows]) -> list[Array]:
         """Applies experts of one layer to the rows of calls that share a dtype; gives rows for each call in that dtype.
@@ -68,10 +71,5 @@ class Bank:
 
     def _apply(self, layer: int, call: Rows) -> Array:
         x_ND = self._stage.tensor(call.rows_ND).to(self._dtype)
-        pieces = torch.split(x_ND, list(call.counts))
-        out = [self.pair2expert[layer, expert](piece) for expert, piece in zip(call.experts, pieces, strict=True)]
-        return wire.narrow(to_numpy(_joined(out)), call.rows_ND.dtype)
-
-
-def _joined(pieces: Sequence[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+        out_ND = self._groups[layer](call.experts, call.counts, x_ND)
+        return wire.narrow(to_numpy(out_ND), call.rows_ND.dtype)

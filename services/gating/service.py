@@ -9,7 +9,7 @@ import numpy.typing as npt
 from expertmesh import wire
 from expertmesh.dispatch import Gated
 from expertmesh.errors import InvalidInput, WrongPart
-from expertmesh.model.arrays import to_numpy
+from expertmesh.model.arrays import to_arrays, to_numpy
 from expertmesh.model.sequences import Sequences
 from expertmesh.serving.leases import Leases, Place
 from expertmesh.serving.stage import Stage
@@ -94,9 +94,14 @@ class GatingServicer(GatingServiceServicer):
 
 def encode_gated(gated: Gated) -> GateResponse:
     """Writes what gating gives."""
-    response = GateResponse(residual=wire.encode(to_numpy(gated.residual_TD)))
-    if gated.expert_ids_TK is not None:
-        response.expert_input.CopyFrom(wire.encode(to_numpy(gated.expert_input_TD)))
-        response.expert_ids.CopyFrom(wire.encode(to_numpy(gated.expert_ids_TK).astype(np.int32)))
-        response.weights.CopyFrom(wire.encode(to_numpy(gated.weights_TK)))
-    return response
+    if gated.expert_ids_TK is None:
+        return GateResponse(residual=wire.encode(to_numpy(gated.residual_TD)))
+    residual_TD, expert_input_TD, ids_TK, weights_TK = to_arrays(
+        gated.residual_TD, gated.expert_input_TD, gated.expert_ids_TK, gated.weights_TK
+    )
+    return GateResponse(
+        residual=wire.encode(residual_TD),
+        expert_input=wire.encode(expert_input_TD),
+        expert_ids=wire.encode(ids_TK.astype(np.int32)),
+        weights=wire.encode(weights_TK),
+    )
