@@ -233,7 +233,7 @@ def test_layers_joined_to_one_product_give_what_each_gives(
     wanted = torch.cat([layer(x_ND) for layer in layers], dim=1)
     joint = Joint(*layers)
     joint.join()
-    assert layers[0].weight.untyped_storage().data_ptr() == layers[1].weight.untyped_storage().data_ptr()
+    assert all(layer.weight.is_meta for layer in layers)  # it is in memory once
     assert differing_rows(torch.cat([layer(x_ND) for layer in layers], dim=1), wanted) == 0
     torch.set_num_threads(threads)
     got = torch.cat(list(joint(at_offset(x_ND[company.rows], company.offset))), dim=1)
@@ -253,15 +253,12 @@ def test_an_arranged_gated_mlp_keeps_names_values_and_bits(activation: str) -> N
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_an_arranged_gated_mlp_follows_its_weights() -> None:
+def test_an_arranged_layer_follows_a_change_of_its_weight() -> None:
     mlp = arrange(GatedMLP(8, ExpertSpec(16, "swiglu")).requires_grad_(False).eval())
     x_ND = normal(8, 8)
     before = mlp(x_ND)
-    mlp.up.weight.data[3, 2] += 1.0
-    changed = mlp(x_ND)
-    assert not torch.equal(before, changed)
-    mlp.load_state_dict({name: value.contiguous() * 2 for name, value in mlp.state_dict().items()}, assign=True)
-    assert not torch.equal(mlp(x_ND), changed)
+    mlp.down.change_weight(mlp.down.dense_weight() * 2)
+    assert torch.equal(mlp(x_ND), before * 2)
 
 
 # aligned
@@ -678,13 +675,6 @@ def test_the_suite_notices_plain_activations(
 def test_the_suite_notices_attention_that_is_padded_to_its_longest_mate() -> None:
     lengths = [1, 3, 17, 40, 77, 100, 128]
     assert sum(changed_by_attention(*head, lengths, places=lambda length: length) for head in HEADS) > 0
-
-
-@plain_operations_are_guilty
-def test_the_suite_notices_products_of_all_inputs_at_once_and_single_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(invariant, "INNER", 2**20)
-    monkeypatch.setattr(invariant, "NARROW", 0)
-    assert sum(changed_by_linear(shape, SOME_COUNTS) for shape in [*NARROW, (2048, 512)]) > 0
 
 
 @plain_operations_are_guilty

@@ -100,7 +100,7 @@ class LatentGating(GatingStage):
         self.kv_down = Linear(spec.width, self.rank + self.turned_width, bias=False)
         self.latent_norm = RMSNorm(self.rank, attention.latent_eps)
         self.kv_up = Linear(self.rank, self.heads * (self.head_width + self.value_width), bias=False)
-        self.kv_up.lies_by_rows = True
+        self.kv_up.is_used_as_it_is = True
         self.out = Linear(self.heads * self.value_width, spec.width, bias=False)
         self.scale = attention.scale or (self.head_width + self.turned_width) ** -0.5
         self.window = attention.window(layer)

@@ -25,6 +25,7 @@ from expertmesh.model.router import route
 from expertmesh.model.spec import ModelSpec
 
 ROWS = 16
+COMPANIES = (1, 2, 3, 8, 17, 64, 200)  # rows that share a product
 MANY_ROWS = 1024
 KEY_BLOCKS = (1, 3)
 KEYS = 128
@@ -54,11 +55,14 @@ class Profile:
 def take_profile(spec: ModelSpec, device: torch.device) -> Profile:
     """Runs the operations of every stage at the spec's widths and hashes what they give."""
     digest = hashlib.sha256()
-    for result in _Operations(spec, device).results():
+    operations = _Operations(spec, device)
+    for result in operations.results():
         digest.update(result.float().contiguous().cpu().numpy().tobytes())
     fingerprint = digest.hexdigest()[:HEX_DIGITS]
     features = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
     kind = device.type if device.type == "cpu" or has_kernels() else f"plain-{device.type}"
+    if not operations.rows_keep_their_bits():
+        kind = f"uneven-{kind}"
     name = f"{kind}-{_NAMES[spec.dtype]} {features} torch-{torch.__version__} {fingerprint}"
     return Profile(fingerprint, name)
 
@@ -71,6 +75,16 @@ class _Operations:
         self.dtype = DTYPES[spec.dtype]
         # numbers in [-1, 1] that are exact in float32
         self._numbers = ((torch.arange(_PERIOD, device=device) * 7919 % _PERIOD - 1019) / 1024.0).repeat(2)
+
+    def rows_keep_their_bits(self) -> bool:
+        """Whether rows of the stages' products are the same in any company; on an unknown processor they may not be."""
+        for inputs, outputs in self._products():
+            weight = self._take(min(outputs, MOST_COLUMNS), inputs).to(self.dtype)
+            x = self._take(max(COMPANIES), inputs).to(self.dtype)
+            together = invariant.linear(x, weight)
+            if not all(torch.equal(invariant.linear(x[:rows], weight), together[:rows]) for rows in COMPANIES):
+                return False
+        return True
 
     def results(self) -> Iterator[Tensor]:
         """What each operation gives."""

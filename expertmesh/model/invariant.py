@@ -4,14 +4,10 @@ A row computed alone, in a batch, in another order, at another address or with a
 with the same bits; then the mesh equals the full model whatever shares a pass. Which plain torch operations break
 this on CPU in fp32 (measured, torch 2.13, AVX-512):
 
-- `F.linear` adds up along the rows of a weight in an order that depends on how many rows share the call: below 16 on
-  Intel, below 8 on AMD, and on both up to hundreds where a weight is wide. A weight that lies column by column, [D, O]
-  in memory, is multiplied by kernels that add one input after another for many outputs at once, and one sum is cut
-  only behind some hundreds of inputs. So `linear` wants weights that lie so (`columns_first`), multiplies `INNER`
-  inputs at a time, and adds. Nothing was found to depend on rows, neighbours or threads from 2 rows and 2 outputs up
-  on Intel, from 8 rows and 12 outputs up on AMD: both are padded.
-- MKL's kernels for AVX2 keep no such promise. There and without MKL, oneDNN multiplies, which was equal on every
-  instruction set, but takes 20 us more a call.
+- `F.linear` adds up in an order that depends on how many rows share the call: below 16 on Intel, below 8 on AMD, and on
+  both up to hundreds where a weight is wide. oneDNN's products with weights that it has packed do not, from 2 rows up,
+  on any instruction set, number of inputs, outputs or threads that was tried (docs/decisions/0011). They also read a
+  weight once, as it lies, where MKL packs it anew at every call. So weights are packed once (`pack`).
 - Values in attention lie row by row, and their product depends on a row's place if they have 1, 5 to 7 or 9 to 11
   columns: they are padded to a multiple of 4.
 - `F.silu`, `torch.sigmoid` and tanh-GELU round differently in the vector body and the tail of the flat tensor: they
@@ -39,14 +35,13 @@ from expertmesh.model import cuda
 
 ROW_MULTIPLE = 8
 COLUMN_MULTIPLE = 4
-INNER = 256  # inputs that are added up in one product
-NARROW = 12  # outputs up to which their number is padded
+PACKED_FOR_ROWS = 16  # the number of rows that packed weights suit best; they serve every other as well
 ALIGNMENT_BYTES = 64
 SMALL_PRODUCT = 16**3
 AMX_ROWS = 32
 AMX_INNER = 448
 _HAS_AMX = torch.cpu._is_amx_tile_supported()
-_MKL_KEEPS_ROWS = torch._C.has_mkl and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -55,51 +50,37 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % ALIGNMENT_BYTES == 0 else x.clone()
 
 
-def columns_first(weight_OD: Tensor) -> Tensor:
-    """The same matrix, lying as `linear` takes it without a copy."""
-    return weight_OD.t().contiguous().t()
+def can_pack(weight_OD: Tensor) -> bool:
+    """Whether products with such a weight are oneDNN's: those in float32 on CPU, where it is there."""
+    return _HAS_ONEDNN and weight_OD.dtype == torch.float32 and weight_OD.is_cpu
 
 
-def has_columns_first(x: Tensor) -> bool:
-    """Whether products of such numbers want weights that lie column by column."""
-    return x.dtype == torch.float32 and x.is_cpu
-
-
-def padded(x_ND: Tensor) -> Tensor:
-    """Rows as `linear` takes them without a copy: zeros are added behind them up to a multiple of `ROW_MULTIPLE`."""
-    more_rows = -len(x_ND) % ROW_MULTIPLE
-    return F.pad(x_ND, (0, 0, 0, more_rows)) if more_rows else aligned(x_ND)
+def pack(weight_OD: Tensor) -> Tensor:
+    """The same matrix as oneDNN wants it; it can only be multiplied with, and be unpacked with `to_dense`."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), PACKED_FOR_ROWS)
+    return packed
 
 
 def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Multiplies rows with a weight matrix: [N, D] and [O, D] give [N, O]."""
+    """Multiplies rows with a weight matrix, packed or not: [N, D] and [O, D] give [N, O]."""
     if cuda.serves(x_ND):
         return cuda.linear(x_ND, weight_OD, bias_O)
-    if not has_columns_first(x_ND) or (weight_OD.requires_grad and torch.is_grad_enabled()):
-        return _linear_by_rows(x_ND, weight_OD, bias_O)
-    rows, outputs = len(x_ND), len(weight_OD)
-    if outputs < NARROW and outputs % COLUMN_MULTIPLE:
-        more_outputs = -outputs % COLUMN_MULTIPLE
-        weight_OD = F.pad(weight_OD, (0, 0, 0, more_outputs))
-        bias_O = None if bias_O is None else F.pad(bias_O, (0, more_outputs))
-    if weight_OD.stride(0) != 1:
-        weight_OD = columns_first(weight_OD)
-    product = _product(padded(x_ND), weight_OD, bias_O)
-    return product if product.shape == (rows, outputs) else product[:rows, :outputs]
+    if weight_OD.is_mkldnn:
+        return _packed_linear(x_ND, weight_OD, bias_O)
+    if (
+        can_pack(weight_OD)
+        and x_ND.dtype == torch.float32
+        and not (weight_OD.requires_grad and torch.is_grad_enabled())
+    ):
+        return _packed_linear(x_ND, pack(weight_OD.detach()), bias_O)
+    return _linear_by_rows(x_ND, weight_OD, bias_O)
 
 
-def _product(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    if not _MKL_KEEPS_ROWS:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x_ND, weight_OD, bias_O, "none", [], "")
-        return product
-    weight_DO = weight_OD.t()
-    if len(weight_DO) <= INNER:
-        return torch.mm(x_ND, weight_DO) if bias_O is None else torch.addmm(bias_O, x_ND, weight_DO)
-    xs, weights = torch.split(x_ND, INNER, dim=1), torch.split(weight_DO, INNER)
-    sums = torch.mm(xs[0], weights[0]) if bias_O is None else torch.addmm(bias_O, xs[0], weights[0])
-    for x, weight in zip(xs[1:], weights[1:], strict=True):
-        sums.addmm_(x, weight)
-    return sums
+def _packed_linear(x_ND: Tensor, packed_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    is_single = len(x_ND) == 1  # which another kernel would multiply
+    x_ND = F.pad(x_ND, (0, 0, 0, 1)) if is_single else aligned(x_ND)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x_ND, packed_OD, bias_O, "none", [], "")
+    return product[:1] if is_single else product
 
 
 def _linear_by_rows(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:

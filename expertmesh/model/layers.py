@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,19 +31,46 @@ NO_DROPOUT = Dropout()
 
 
 class Linear(nn.Linear):
-    """A linear layer whose rows do not depend on their company."""
+    """A linear layer whose rows do not depend on their company.
 
-    lies_by_rows = False  # whether its weight is used otherwise too and must stay as it is
+    Once it is packed, its weight is there in no other form; `state_dict` still tells it.
+    """
+
+    is_used_as_it_is = False  # whether its weight is used otherwise too and must stay as it is
+    _packed_OD: Tensor | None = None
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """[N, in] to [N, out]."""
-        return invariant.linear(x_ND, self.weight, self.bias)
+        return invariant.linear(x_ND, self.weight if self._packed_OD is None else self._packed_OD, self.bias)
+
+    def pack(self) -> None:
+        """Puts the weight as products take it."""
+        self.packed_elsewhere(invariant.pack(self.weight.detach()), slice(None))
+
+    def packed_elsewhere(self, packed_OD: Tensor, rows: slice) -> None:
+        """Says that the weight is some rows of a packed one."""
+        self._packed_OD, self._rows = packed_OD, rows
+        self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
+
+    def dense_weight(self) -> Tensor:
+        """The weight [out, in] in the usual form; a copy if it is packed."""
+        return self.weight.detach() if self._packed_OD is None else self._packed_OD.to_dense()[self._rows]
+
+    def change_weight(self, weight_OD: Tensor) -> None:
+        """Gives it another weight, packed if the old one was."""
+        was_packed = self._packed_OD is not None
+        self._packed_OD = None
+        self.weight = nn.Parameter(weight_OD, requires_grad=False)
+        if was_packed:
+            self.pack()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight if keep_vars and self._packed_OD is None else self.dense_weight()
 
 
 class Joint:
-    """Linear layers of one input, whose products are one once their weights lie side by side.
-
-    They stay layers with weights of their own, which are then views of what lies in memory once.
+    """Linear layers of one input, whose products are one once their weights are packed together.
 
     Args:
         layers: With as many inputs each, all with a bias or none.
@@ -52,28 +79,26 @@ class Joint:
     def __init__(self, *layers: Linear) -> None:
         self._layers = layers
         self._widths = [layer.out_features for layer in layers]
-        self._weight_OD: Tensor | None = None
+        self._packed_OD: Tensor | None = None
         self._bias_O: Tensor | None = None
 
     def join(self) -> None:
-        """Puts the weights side by side."""
-        first = self._layers[0]
-        if not invariant.has_columns_first(first.weight):
+        """Packs the weights together."""
+        if not all(invariant.can_pack(layer.weight) for layer in self._layers):
             return
-        self._weight_OD = torch.cat([layer.weight.detach().t() for layer in self._layers], dim=1).t()
-        weights = torch.split(self._weight_OD, self._widths)
-        if first.bias is not None:
+        self._packed_OD = invariant.pack(torch.cat([layer.weight.detach() for layer in self._layers]))
+        if self._layers[0].bias is not None:
             self._bias_O = torch.cat([layer.bias.detach() for layer in self._layers])
-            for layer, bias in zip(self._layers, torch.split(self._bias_O, self._widths), strict=True):
-                layer.bias = nn.Parameter(bias, requires_grad=False)
-        for layer, weight in zip(self._layers, weights, strict=True):
-            layer.weight = nn.Parameter(weight, requires_grad=False)
+        first = 0
+        for layer in self._layers:
+            layer.packed_elsewhere(self._packed_OD, slice(first, first + layer.out_features))
+            first += layer.out_features
 
     def __call__(self, x_ND: Tensor) -> Sequence[Tensor]:
         """What each layer gives."""
-        if self._weight_OD is None or self._weight_OD.data_ptr() != self._layers[0].weight.data_ptr():
-            return [layer(x_ND) for layer in self._layers]  # they train, or were converted since
-        return torch.split(invariant.linear(x_ND, self._weight_OD, self._bias_O), self._widths, dim=1)
+        if self._packed_OD is None:
+            return [layer(x_ND) for layer in self._layers]
+        return torch.split(invariant.linear(x_ND, self._packed_OD, self._bias_O), self._widths, dim=1)
 
 
 class RMSNorm(nn.Module):
@@ -131,14 +156,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, rows_ND: Tensor) -> Tensor:
         """[N, D] to [N, D] in the rows' dtype, unweighted."""
-        rows = len(rows_ND)
-        if rows % invariant.ROW_MULTIPLE and invariant.has_columns_first(rows_ND):
-            rows_ND = invariant.padded(rows_ND)  # once for both products
         inner_NF = self.inner(*self.gate_and_up(rows_ND))
         if self.training:
             inner_NF = self.dropout(inner_NF)
-        out_ND: Tensor = self.down(inner_NF.to(rows_ND.dtype))
-        return out_ND if len(out_ND) == rows else out_ND[:rows]
+        return self.down(inner_NF.to(rows_ND.dtype))  # type: ignore[no-any-return]
 
     def inner(self, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
         """What lies between the products, in float32."""
@@ -168,14 +189,12 @@ def narrow(module: ModuleT, dtype: torch.dtype) -> ModuleT:
 
 
 def arrange(module: ModuleT) -> ModuleT:
-    """Puts the matrices of a stage that only computes from now on as products take them without a copy."""
+    """Packs the matrices of a stage that only computes from now on."""
     for child in module.modules():
         for joint in vars(child).values():
             if isinstance(joint, Joint):
                 joint.join()
     for child in module.modules():
-        if not isinstance(child, Linear) or child.lies_by_rows or child.weight.stride(0) == 1:
-            continue
-        if invariant.has_columns_first(child.weight):
-            child.weight = nn.Parameter(invariant.columns_first(child.weight.detach()), requires_grad=False)
+        if isinstance(child, Linear) and not child.is_used_as_it_is and invariant.can_pack(child.weight):
+            child.pack()
     return module

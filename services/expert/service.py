@@ -72,6 +72,7 @@ class FaultServicer(FaultServiceServicer):
         expert = self._experts.bank.pair2expert.get((request.layer, request.expert))
         if expert is None:
             raise WrongPart(f"this service does not hold expert {request.expert} of layer {request.layer}")
-        weight = expert.down.weight.data
+        weight = expert.down.dense_weight().clone()
         weight[divmod(int(weight.abs().argmax()), weight.shape[1])] += request.delta
+        expert.down.change_weight(weight)
         return ChangeWeightResponse()
