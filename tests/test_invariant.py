@@ -224,7 +224,7 @@ def test_linear_keeps_its_promise_at_widths_that_are_no_multiple_of_four(shape: 
 
 
 @few_examples
-@given(st.integers(1, 1_100), st.integers(1, 300), st.integers(1, 300), st.booleans(), companies, one_or_two_threads)
+@given(st.integers(1, 1_100), st.integers(2, 300), st.integers(2, 300), st.booleans(), companies, one_or_two_threads)
 def test_layers_joined_to_one_product_give_what_each_gives(
     width: int, left: int, right: int, bias: bool, company: Company, threads: int
 ) -> None:

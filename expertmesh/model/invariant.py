@@ -77,10 +77,17 @@ def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Ten
 
 
 def _packed_linear(x_ND: Tensor, packed_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    is_single = len(x_ND) == 1  # which another kernel would multiply
-    x_ND = F.pad(x_ND, (0, 0, 0, 1)) if is_single else aligned(x_ND)
+    rows = len(x_ND)
+    more_rows = _round_rows(rows) - rows
+    x_ND = F.pad(x_ND, (0, 0, 0, more_rows)) if more_rows else aligned(x_ND)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x_ND, packed_OD, bias_O, "none", [], "")
-    return product[:1] if is_single else product
+    return product[:rows] if more_rows else product
+
+
+def _round_rows(rows: int) -> int:
+    """How many rows oneDNN is given: a single one would go another way, and it compiles a kernel for every number."""
+    multiple = 2 if rows <= 8 else 8 if rows <= 128 else 64
+    return rows + -rows % multiple
 
 
 def _linear_by_rows(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -38,10 +38,15 @@ class Linear(nn.Linear):
 
     is_used_as_it_is = False  # whether its weight is used otherwise too and must stay as it is
     _packed_OD: Tensor | None = None
+    _rows = slice(None)  # of the packed weight, which are this layer's
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """[N, in] to [N, out]."""
-        return invariant.linear(x_ND, self.weight if self._packed_OD is None else self._packed_OD, self.bias)
+        if self._packed_OD is None:
+            return invariant.linear(x_ND, self.weight, self.bias)
+        if self._rows == slice(None):
+            return invariant.linear(x_ND, self._packed_OD, self.bias)
+        return invariant.linear(x_ND, self.dense_weight(), self.bias)  # a `Joint` has it
 
     def pack(self) -> None:
         """Puts the weight as products take it."""
