@@ -125,8 +125,8 @@ def _mesh(mesh: Mesh, tokens: int, seconds: float) -> Contender:
 async def _layer(mesh: Mesh, case: Case) -> np.ndarray:  # type: ignore[type-arg]
     plan = plan_dispatch(case.ids_TK, EXPERTS)
     calls = StageCalls(mesh, Deadline.after(TIMEOUT_S))
-    rows_ND = await calls.answer(ApplyExperts(0, case.x_TD[plan.row2token], plan.counts_E))
-    combined_TD: np.ndarray = combine(case.x_TD, rows_ND, case.weights_TK, plan)  # type: ignore[type-arg]
+    applied = await calls.answer(ApplyExperts(0, case.x_TD[plan.row2token], plan.counts_E))
+    combined_TD: np.ndarray = combine(case.x_TD, applied.rows_ND, case.weights_TK, plan)  # type: ignore[type-arg]
     return combined_TD
 
 

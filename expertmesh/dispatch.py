@@ -46,25 +46,29 @@ class Gated:
     """What gating gives: the residual stream, the experts' input, and which expert serves which row how much.
 
     `expert_ids_TK` ascend along K, so that the combine adds in ascending expert order. A layer without experts gives
-    the residual stream alone, with everything in it.
+    the residual stream alone, with everything in it. Where `shared_is_due`, what the shared experts add is not in it
+    yet: they are asked together with the routed ones.
     """
 
     residual_TD: Array
     expert_input_TD: Array = None
     expert_ids_TK: Array = None
     weights_TK: Array = None
+    shared_is_due: bool = False
 
 
 @dataclass(frozen=True)
 class ApplyExperts:
-    """Asks for the experts of one layer; answered by rows in the same order.
+    """Asks for the experts of one layer; answered by an `Applied`.
 
-    `rows_ND` are sorted by expert: the first `counts_E[0]` belong to expert 0, and so on.
+    `rows_ND` are sorted by expert: the first `counts_E[0]` belong to expert 0, and so on. `shared_input_TD` is for the
+    shared experts, where they are due.
     """
 
     layer: int
     rows_ND: Array
     counts_E: Int64Array
+    shared_input_TD: Array = None
 
     def slices(self) -> list[tuple[int, slice]]:
         """Gives (expert, rows) for every expert that has rows."""
@@ -73,6 +77,14 @@ class ApplyExperts:
             (int(expert), slice(int(ends_E[expert] - self.counts_E[expert]), int(ends_E[expert])))
             for expert in np.flatnonzero(self.counts_E)
         ]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Rows of the routed experts, in the order they were given, and of the shared ones where they were due; float32."""
+
+    rows_ND: Array
+    shared_TD: Array = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +165,12 @@ def combine(
     routed_TD = weights_TK[:, :1] * expert_rows_ND[plan.choice2row_TK[:, 0]]
     for choice in range(1, plan.choice2row_TK.shape[1]):
         routed_TD = routed_TD + weights_TK[:, choice : choice + 1] * expert_rows_ND[plan.choice2row_TK[:, choice]]
-    return residual_TD + (routed_TD if multiplier == 1.0 else routed_TD * multiplier)
+    return add(residual_TD, routed_TD, multiplier)
+
+
+def add(residual_TD: Array, more_TD: Array, multiplier: float = 1.0) -> Array:
+    """Adds something to the residual stream."""
+    return residual_TD + (more_TD if multiplier == 1.0 else more_TD * multiplier)
 
 
 def layer_loop(shape: Shape, ids_T: Array, lengths_B: Array) -> Loop[Array]:
@@ -165,7 +182,7 @@ def layer_loop(shape: Shape, ids_T: Array, lengths_B: Array) -> Loop[Array]:
         lengths_B: Rows of each sequence; they sum to T.
 
     Yields:
-        A `StageCall`; send its result back in. Expert rows come back in float32.
+        A `StageCall`; send its result back in.
 
     Returns:
         x_TD, the residual stream after the last layer.
@@ -177,8 +194,13 @@ def layer_loop(shape: Shape, ids_T: Array, lengths_B: Array) -> Loop[Array]:
             x_TD = gated.residual_TD
             continue
         plan = plan_dispatch(gated.expert_ids_TK, shape.router.experts)
-        rows_ND = yield ApplyExperts(layer, gated.expert_input_TD[plan.row2token], plan.counts_E)
-        x_TD = combine(gated.residual_TD, rows_ND, gated.weights_TK, plan, shape.residual_multiplier)
+        expert_input_TD = gated.expert_input_TD
+        shared_input_TD = expert_input_TD if gated.shared_is_due else None
+        applied = yield ApplyExperts(layer, expert_input_TD[plan.row2token], plan.counts_E, shared_input_TD)
+        residual_TD = gated.residual_TD
+        if gated.shared_is_due:
+            residual_TD = add(residual_TD, applied.shared_TD, shape.residual_multiplier)
+        x_TD = combine(residual_TD, applied.rows_ND, gated.weights_TK, plan, shape.residual_multiplier)
     return x_TD
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import expertmesh
 from expertmesh.dispatch import (
+    Applied,
     ApplyExperts,
     Embed,
     Gate,
@@ -79,7 +80,9 @@ class ScriptedStages:
                 ids_TK = np.sort(np.argsort(-scores_TE, axis=1)[:, : self.top_k], axis=1)
                 return Gated(x_TD + 1, x_TD * 2, ids_TK, np.take_along_axis(scores_TE, ids_TK, axis=1))
             case ApplyExperts(layer=layer, rows_ND=rows_ND):
-                return np.concatenate([self.expert(layer, expert, rows_ND[rows]) for expert, rows in call.slices()])
+                return Applied(
+                    np.concatenate([self.expert(layer, expert, rows_ND[rows]) for expert, rows in call.slices()])
+                )
             case Score():
                 return self.scores
 
@@ -258,15 +261,16 @@ def test_every_stage_is_asked_about_what_the_stage_before_it_gave() -> None:
 
     assert drive(loop(2), answer) is stages.scores
     embed, gate_0, experts_0, gate_1, experts_1, score = stages.asked
-    embedded, gated_0, rows_0, gated_1, rows_1, _ = answers
+    embedded, gated_0, applied_0, gated_1, applied_1, _ = answers
     assert embed.ids_T is IDS_T
     assert all(call.lengths_B is LENGTHS_B for call in (embed, gate_0, gate_1, score))
     assert gate_0.x_TD is embedded
-    for experts, gated, rows_ND, after in ((experts_0, gated_0, rows_0, gate_1), (experts_1, gated_1, rows_1, score)):
+    first, second = (experts_0, gated_0, applied_0, gate_1), (experts_1, gated_1, applied_1, score)
+    for experts, gated, applied, after in (first, second):
         plan = plan_dispatch(gated.expert_ids_TK, 4)
         assert equal_bits(experts.rows_ND, gated.expert_input_TD[plan.row2token])
         assert equal_bits(experts.counts_E, plan.counts_E)
-        assert equal_bits(after.x_TD, combine(gated.residual_TD, rows_ND, gated.weights_TK, plan))
+        assert equal_bits(after.x_TD, combine(gated.residual_TD, applied.rows_ND, gated.weights_TK, plan))
 
 
 @hypotheses
@@ -321,7 +325,7 @@ def test_the_residual_multiplier_scales_what_experts_add(multiplier: float) -> N
     x_TD = drive(layer_loop(shape_of(1, residual_multiplier=multiplier), IDS_T, LENGTHS_B), stages)
     gated = stages(stages.asked[1])
     plan = plan_dispatch(gated.expert_ids_TK, 4)
-    rows_ND = stages(stages.asked[2])
+    rows_ND = stages(stages.asked[2]).rows_ND
     routed_TD = combine(np.zeros_like(x_TD), rows_ND, gated.weights_TK, plan)
     assert equal_bits(x_TD, gated.residual_TD + np.float32(multiplier) * routed_TD)
 

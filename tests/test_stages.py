@@ -342,7 +342,7 @@ def test_padding_is_never_routed(switch: str) -> None:
             gates.append(result)
         if isinstance(call, ApplyExperts):
             dispatched.append(call)
-            assert result.shape == call.rows_ND.shape
+            assert result.rows_ND.shape == call.rows_ND.shape
 
     run(seeded(lambda: FullModel(spec)), batch, observe=observe)
     assert len(gates) == len(dispatched) == spec.layers

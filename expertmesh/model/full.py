@@ -11,7 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from expertmesh.dispatch import ApplyExperts, Embed, Gate, Gated, Score, Scores, StageCall, classify, drive, layer_loop
+from expertmesh.dispatch import (
+    Applied,
+    ApplyExperts,
+    Embed,
+    Gate,
+    Gated,
+    Score,
+    Scores,
+    StageCall,
+    classify,
+    drive,
+    layer_loop,
+)
 from expertmesh.model.attention import gating_stage
 from expertmesh.model.cache import CachedSequences, KeyValueCache, Span, blocks_of
 from expertmesh.model.embedding import EmbeddingStage
@@ -118,6 +130,6 @@ class FullModel(nn.Module):
                 return replace(gated, expert_ids_TK=gated.expert_ids_TK.cpu())  # the dispatch is planned on the host
             case ApplyExperts(layer=layer, rows_ND=rows_ND):
                 ids = np.flatnonzero(call.counts_E)
-                return self._groups[layer](ids.tolist(), call.counts_E[ids].tolist(), rows_ND).float()
+                return Applied(self._groups[layer](ids.tolist(), call.counts_E[ids].tolist(), rows_ND).float())
             case Score(x_TD=x_TD):
                 return self.classifier(x_TD, sequences)

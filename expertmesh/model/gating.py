@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from expertmesh.dispatch import Gated
+from expertmesh.dispatch import Gated, add
 from expertmesh.model import invariant
 from expertmesh.model.cache import CachedSequences, KeyValueCache
 from expertmesh.model.decoding import TokenStep
@@ -60,14 +60,34 @@ class GatingStage(nn.Module):
             self.shared_gate = Linear(spec.width, 1, bias=False)
         self.dropout = nn.Dropout(dropout.attention)
 
-    def forward(self, x_TD: Tensor, sequences: Sequences) -> Gated:
-        """x_TD to a `Gated`: in a sparse layer with int64 expert ids and fp32 weights, else the new x_TD alone."""
+    def forward(self, x_TD: Tensor, sequences: Sequences, shared_apart: bool = False) -> Gated:
+        """x_TD to a `Gated`: in a sparse layer with int64 expert ids and fp32 weights, else the new x_TD alone.
+
+        Args:
+            x_TD: The residual stream.
+            sequences: How its rows lie.
+            shared_apart: Whether what the shared experts add is left out; see `share`.
+        """
+        apart = shared_apart and self.has_shared
+        given: tuple[Tensor, ...]
         if self.graphs is None:
-            return Gated(*self._gate(x_TD, sequences))
-        if isinstance(sequences, CachedSequences) and (table_TI := sequences.token_table(self.layer)) is not None:
-            fixed = (sequences.cache, sequences.rotary)
-            return Gated(*self.graphs.run(self._gate_tokens, x_TD, table_TI, fixed=fixed))
-        return Gated(*self.graphs.run(self._behind_attention, self._attended(x_TD, sequences)))
+            given = self._gate(x_TD, sequences, apart)
+        elif isinstance(sequences, CachedSequences) and (table_TI := sequences.token_table(self.layer)) is not None:
+            fixed = (sequences.cache, sequences.rotary, apart)
+            given = self.graphs.run(self._gate_tokens, x_TD, table_TI, fixed=fixed)
+        else:
+            given = self.graphs.run(self._behind_attention, self._attended(x_TD, sequences), fixed=(apart,))
+        if not self.is_sparse:
+            return Gated(given[0])
+        residual_TD, expert_input_TD, ids_TK, weights_TK = given
+        return Gated(residual_TD, expert_input_TD, ids_TK, weights_TK, apart)
+
+    def share(self, expert_input_TD: Tensor) -> Tensor:
+        """What the shared experts add to the residual stream but for its multiplier, in float32."""
+        shared_TD: Tensor = self.shared(expert_input_TD).float()
+        if self.has_shared_gate:
+            shared_TD = shared_TD * invariant.sigmoid(self.shared_gate(expert_input_TD).float())
+        return shared_TD
 
     def attend(self, x_TD: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and its norm, which router and experts see, both in float32."""
@@ -78,21 +98,23 @@ class GatingStage(nn.Module):
         attended_TD = self.attention(self.attention_norm(x_TD).to(self.dtype), sequences)
         return self._added(x_TD, self.dropout(attended_TD))
 
-    def _gate(self, x_TD: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
-        return self._behind_attention(self._attended(x_TD, sequences))
+    def _gate(self, x_TD: Tensor, sequences: Sequences, apart: bool) -> tuple[Tensor, ...]:
+        return self._behind_attention(self._attended(x_TD, sequences), apart)
 
-    def _gate_tokens(self, x_TD: Tensor, table_TI: Tensor, cache: KeyValueCache, rotary: Rotary) -> tuple[Tensor, ...]:
-        return self._gate(x_TD, TokenStep(table_TI, cache, rotary))
+    def _gate_tokens(
+        self, x_TD: Tensor, table_TI: Tensor, cache: KeyValueCache, rotary: Rotary, apart: bool
+    ) -> tuple[Tensor, ...]:
+        return self._gate(x_TD, TokenStep(table_TI, cache, rotary), apart)
 
-    def _behind_attention(self, residual_TD: Tensor) -> tuple[Tensor, ...]:
+    def _behind_attention(self, residual_TD: Tensor, apart: bool) -> tuple[Tensor, ...]:
         """What `forward` gives, of the residual stream after attention: a function of each row."""
         normed_TD = self.expert_norm(residual_TD)
         expert_input_TD = normed_TD.to(self.dtype)
         if not self.is_sparse:
             return (self._added(residual_TD, self.dense(expert_input_TD)),)
         ids_TK, weights_TK = self.route(self.router_logits(normed_TD))
-        if self.has_shared:
-            residual_TD = self._added(residual_TD, self._shared(expert_input_TD))
+        if self.has_shared and not apart:
+            residual_TD = self._added(residual_TD, self.share(expert_input_TD))
         return residual_TD, expert_input_TD, ids_TK, weights_TK
 
     def attention(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
@@ -109,13 +131,5 @@ class GatingStage(nn.Module):
         return route(logits_TE, self.router_spec, self.selection_bias)
 
     def _added(self, residual_TD: Tensor, more_TD: Tensor) -> Tensor:
-        more_TD = more_TD.float()
-        if self.residual_multiplier != 1.0:
-            more_TD = more_TD * self.residual_multiplier
-        return residual_TD + more_TD
-
-    def _shared(self, expert_input_TD: Tensor) -> Tensor:
-        shared_TD: Tensor = self.shared(expert_input_TD).float()
-        if self.has_shared_gate:
-            shared_TD = shared_TD * invariant.sigmoid(self.shared_gate(expert_input_TD).float())
-        return shared_TD
+        added_TD: Tensor = add(residual_TD, more_TD.float(), self.residual_multiplier)
+        return added_TD

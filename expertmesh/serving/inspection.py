@@ -44,7 +44,7 @@ class Trace:
                     self._add(layer, "expert_ids", result.expert_ids_TK, np.int32)
                     self._add(layer, "weights", result.weights_TK)
             case ApplyExperts(layer=layer, counts_E=counts_E):
-                self._add(layer, "expert_rows", result)
+                self._add(layer, "expert_rows", result.rows_ND)
                 self._add(layer, "expert_counts", counts_E, np.int32)
             case Score():
                 self._add(WHOLE, "logits", result.logits_BC)

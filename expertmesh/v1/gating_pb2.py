@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from expertmesh.v1 import tensor_pb2 as expertmesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xpertmesh/v1/gating.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/tensor.proto\"\x8f\x01\n\x0bGateRequest\x12\r\n\x05layer\x18\x01 \x01(\x05\x12#\n\x04rows\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07lengths\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12$\n\x06places\x18\x04 \x03(\x0b\x32\x14.expertmesh.v1.Place\":\n\x05Place\x12\x10\n\x08sequence\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x10\n\x08position\x18\x03 \x01(\x05\"\xb7\x01\n\x0cGateResponse\x12\'\n\x08residual\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12+\n\x0c\x65xpert_input\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12)\n\nexpert_ids\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07weights\x18\x04 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\">\n\x0bOpenRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x0e\n\x06tokens\x18\x03 \x01(\x05\"\x0e\n\x0cOpenResponse\"#\n\x0eReleaseRequest\x12\x11\n\tsequences\x18\x01 \x03(\x0c\"#\n\x0fReleaseResponse\x12\x10\n\x08released\x18\x01 \x01(\x05\x32\xdb\x01\n\rGatingService\x12?\n\x04Gate\x12\x1a.expertmesh.v1.GateRequest\x1a\x1b.expertmesh.v1.GateResponse\x12?\n\x04Open\x12\x1a.expertmesh.v1.OpenRequest\x1a\x1b.expertmesh.v1.OpenResponse\x12H\n\x07Release\x12\x1d.expertmesh.v1.ReleaseRequest\x1a\x1e.expertmesh.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xpertmesh/v1/gating.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/tensor.proto\"\xa5\x01\n\x0bGateRequest\x12\r\n\x05layer\x18\x01 \x01(\x05\x12#\n\x04rows\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07lengths\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12$\n\x06places\x18\x04 \x03(\x0b\x32\x14.expertmesh.v1.Place\x12\x14\n\x0cshared_apart\x18\x05 \x01(\x08\":\n\x05Place\x12\x10\n\x08sequence\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x10\n\x08position\x18\x03 \x01(\x05\"\xb7\x01\n\x0cGateResponse\x12\'\n\x08residual\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12+\n\x0c\x65xpert_input\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12)\n\nexpert_ids\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07weights\x18\x04 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"B\n\x0cShareRequest\x12\r\n\x05layer\x18\x01 \x01(\x05\x12#\n\x04rows\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"4\n\rShareResponse\x12#\n\x04rows\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\">\n\x0bOpenRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x0e\n\x06tokens\x18\x03 \x01(\x05\"\x0e\n\x0cOpenResponse\"#\n\x0eReleaseRequest\x12\x11\n\tsequences\x18\x01 \x03(\x0c\"#\n\x0fReleaseResponse\x12\x10\n\x08released\x18\x01 \x01(\x05\x32\x9f\x02\n\rGatingService\x12?\n\x04Gate\x12\x1a.expertmesh.v1.GateRequest\x1a\x1b.expertmesh.v1.GateResponse\x12\x42\n\x05Share\x12\x1b.expertmesh.v1.ShareRequest\x1a\x1c.expertmesh.v1.ShareResponse\x12?\n\x04Open\x12\x1a.expertmesh.v1.OpenRequest\x1a\x1b.expertmesh.v1.OpenResponse\x12H\n\x07Release\x12\x1d.expertmesh.v1.ReleaseRequest\x1a\x1e.expertmesh.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,19 +33,23 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.gating_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GATEREQUEST']._serialized_start=74
-  _globals['_GATEREQUEST']._serialized_end=217
-  _globals['_PLACE']._serialized_start=219
-  _globals['_PLACE']._serialized_end=277
-  _globals['_GATERESPONSE']._serialized_start=280
-  _globals['_GATERESPONSE']._serialized_end=463
-  _globals['_OPENREQUEST']._serialized_start=465
-  _globals['_OPENREQUEST']._serialized_end=527
-  _globals['_OPENRESPONSE']._serialized_start=529
-  _globals['_OPENRESPONSE']._serialized_end=543
-  _globals['_RELEASEREQUEST']._serialized_start=545
-  _globals['_RELEASEREQUEST']._serialized_end=580
-  _globals['_RELEASERESPONSE']._serialized_start=582
-  _globals['_RELEASERESPONSE']._serialized_end=617
-  _globals['_GATINGSERVICE']._serialized_start=620
-  _globals['_GATINGSERVICE']._serialized_end=839
+  _globals['_GATEREQUEST']._serialized_end=239
+  _globals['_PLACE']._serialized_start=241
+  _globals['_PLACE']._serialized_end=299
+  _globals['_GATERESPONSE']._serialized_start=302
+  _globals['_GATERESPONSE']._serialized_end=485
+  _globals['_SHAREREQUEST']._serialized_start=487
+  _globals['_SHAREREQUEST']._serialized_end=553
+  _globals['_SHARERESPONSE']._serialized_start=555
+  _globals['_SHARERESPONSE']._serialized_end=607
+  _globals['_OPENREQUEST']._serialized_start=609
+  _globals['_OPENREQUEST']._serialized_end=671
+  _globals['_OPENRESPONSE']._serialized_start=673
+  _globals['_OPENRESPONSE']._serialized_end=687
+  _globals['_RELEASEREQUEST']._serialized_start=689
+  _globals['_RELEASEREQUEST']._serialized_end=724
+  _globals['_RELEASERESPONSE']._serialized_start=726
+  _globals['_RELEASERESPONSE']._serialized_end=761
+  _globals['_GATINGSERVICE']._serialized_start=764
+  _globals['_GATINGSERVICE']._serialized_end=1051
 # @@protoc_insertion_point(module_scope)

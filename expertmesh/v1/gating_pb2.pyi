@@ -8,16 +8,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GateRequest(_message.Message):
-    __slots__ = ("layer", "rows", "lengths", "places")
+    __slots__ = ("layer", "rows", "lengths", "places", "shared_apart")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     PLACES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_APART_FIELD_NUMBER: _ClassVar[int]
     layer: int
     rows: _tensor_pb2.Tensor
     lengths: _tensor_pb2.Tensor
     places: _containers.RepeatedCompositeFieldContainer[Place]
-    def __init__(self, layer: _Optional[int] = ..., rows: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., lengths: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ...) -> None: ...
+    shared_apart: bool
+    def __init__(self, layer: _Optional[int] = ..., rows: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., lengths: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ..., shared_apart: bool = ...) -> None: ...
 
 class Place(_message.Message):
     __slots__ = ("sequence", "epoch", "position")
@@ -40,6 +42,20 @@ class GateResponse(_message.Message):
     expert_ids: _tensor_pb2.Tensor
     weights: _tensor_pb2.Tensor
     def __init__(self, residual: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_input: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class ShareRequest(_message.Message):
+    __slots__ = ("layer", "rows")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    rows: _tensor_pb2.Tensor
+    def __init__(self, layer: _Optional[int] = ..., rows: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class ShareResponse(_message.Message):
+    __slots__ = ("rows",)
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    rows: _tensor_pb2.Tensor
+    def __init__(self, rows: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
     __slots__ = ("sequence", "epoch", "tokens")

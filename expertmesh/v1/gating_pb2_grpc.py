@@ -43,6 +43,11 @@ class GatingServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_gating__pb2.GateRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_gating__pb2.GateResponse.FromString,
                 _registered_method=True)
+        self.Share = channel.unary_unary(
+                '/expertmesh.v1.GatingService/Share',
+                request_serializer=expertmesh_dot_v1_dot_gating__pb2.ShareRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_gating__pb2.ShareResponse.FromString,
+                _registered_method=True)
         self.Open = channel.unary_unary(
                 '/expertmesh.v1.GatingService/Open',
                 request_serializer=expertmesh_dot_v1_dot_gating__pb2.OpenRequest.SerializeToString,
@@ -64,6 +69,14 @@ class GatingServiceServicer(object):
 
     def Gate(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Share(self, request, context):
+        """What the shared experts of a layer add to the residual stream; a pure function of rows, to be asked for while the
+        routed experts are at work.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -90,6 +103,11 @@ def add_GatingServiceServicer_to_server(servicer, server):
                     servicer.Gate,
                     request_deserializer=expertmesh_dot_v1_dot_gating__pb2.GateRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_gating__pb2.GateResponse.SerializeToString,
+            ),
+            'Share': grpc.unary_unary_rpc_method_handler(
+                    servicer.Share,
+                    request_deserializer=expertmesh_dot_v1_dot_gating__pb2.ShareRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_gating__pb2.ShareResponse.SerializeToString,
             ),
             'Open': grpc.unary_unary_rpc_method_handler(
                     servicer.Open,
@@ -133,6 +151,33 @@ class GatingService(object):
             '/expertmesh.v1.GatingService/Gate',
             expertmesh_dot_v1_dot_gating__pb2.GateRequest.SerializeToString,
             expertmesh_dot_v1_dot_gating__pb2.GateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Share(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.GatingService/Share',
+            expertmesh_dot_v1_dot_gating__pb2.ShareRequest.SerializeToString,
+            expertmesh_dot_v1_dot_gating__pb2.ShareResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -21,7 +21,7 @@ from expertmesh.checkpoint.load import StageLoader
 from expertmesh.checkpoint.manifest import classifier_part, embedding_part, expert_part, gating_part, model_parts
 from expertmesh.checkpoint.sources import Source, open_source
 from expertmesh.checkpoint.tensor_file import PartTensor
-from expertmesh.dispatch import ApplyExperts, Embed, Gate, Gated, Score, Scores, StageCall, classify, drive
+from expertmesh.dispatch import Applied, ApplyExperts, Embed, Gate, Gated, Score, Scores, StageCall, classify, drive
 from expertmesh.model.attention import gating_stage
 from expertmesh.model.cache import CachedSequences, KeyValueCache, Span, blocks_of
 from expertmesh.model.embedding import EmbeddingStage
@@ -131,7 +131,7 @@ class _Prover:
         self._gated = ours
         return self._gated
 
-    def _apply(self, call: ApplyExperts) -> Tensor:
+    def _apply(self, call: ApplyExperts) -> Applied:
         place = self._proof.place(f"layer {call.layer}")
         given = []
         for expert, rows_ND in enumerate(torch.split(call.rows_ND, call.counts_E.tolist())):
@@ -146,7 +146,7 @@ class _Prover:
             ours = self._same(place, part, *(stage(rows) for stage in stages))
             if len(rows_ND):
                 given.append(ours)
-        return torch.cat(given).float()
+        return Applied(torch.cat(given).float())
 
     def _score(self, x_TD: Tensor) -> Scores:
         place, part = self._proof.place(HEAD), classifier_part()

@@ -47,6 +47,11 @@ class GatewaySettings(Settings):
     wire_dtype: str = setting(
         "what rows travel to experts in: float32, float16 or bfloat16; by default the model's own, which is exact", ""
     )
+    shared_apart: str = setting(
+        "on: shared experts run while the routed ones do, for one more call a layer; off: before them; auto: on if"
+        " gating has a device of its own",
+        "auto",
+    )
     settle_s: float = setting("after a start, seconds to wait for replicas that are not there yet", 10.0)
 
     def __post_init__(self) -> None:
@@ -61,6 +66,7 @@ class GatewaySettings(Settings):
         check(self.micro_batches >= 0, "micro_batches must be at least 0")
         known = ", ".join(ROW_DTYPES)
         check(self.wire_dtype in ("", *ROW_DTYPES), f"wire_dtype {self.wire_dtype!r} is not one of {known}")
+        check(self.shared_apart in ("auto", "on", "off"), f"shared_apart {self.shared_apart!r} is not auto, on or off")
         check(0 <= self.settle_s <= 3600, "settle_s must be in [0, 3600]")
 
 
@@ -68,7 +74,15 @@ def load(settings: GatewaySettings, tracing: Tracing) -> Program:
     """Reads the mesh file and the manifest, and connects to the services while it runs."""
     mesh_file = MeshFile.read(settings.mesh)
     manifest = Manifest.read(Path(settings.model or mesh_file.model))
-    mesh = Mesh(mesh_file, manifest, settings.max_message_bytes, tracing, settings.settle_s, settings.wire_dtype)
+    mesh = Mesh(
+        mesh_file,
+        manifest,
+        settings.max_message_bytes,
+        tracing,
+        settings.settle_s,
+        settings.wire_dtype,
+        settings.shared_apart,
+    )
     offer = (_language if manifest.spec.generates else _classifier)(settings, mesh)
     app = application(
         offer.inference,

@@ -94,7 +94,8 @@ class GatingHome:
     async def _step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
         pieces = [piece.generation for piece in work]
         places = [Place(sequence=one.id, epoch=one.epoch, position=one.cached) for one in pieces]
-        calls = StageCalls(self._mesh, Deadline.after(STEP_TIMEOUT_S), places, self._replica)
+        deadline = Deadline.after(STEP_TIMEOUT_S)
+        calls = StageCalls(self._mesh, deadline, places, self._replica, self._mesh.shared_apart)
         ids_T = np.array([id_ for one in work for id_ in one.ids], np.int32)
         lengths_B = np.array([one.rows for one in work], np.int32)
         with tracing.span("step", rows=len(ids_T), sequences=len(work)):

@@ -66,6 +66,8 @@ class Mesh:
         max_message_bytes: Largest message accepted.
         tracing: Carries trace context on every call.
         settle_s: After a start, how long to wait for replicas that are not there yet before saying ready without them.
+        shared_apart: "on" if shared experts run while the routed ones do, "off" if before them; "auto": apart where
+            gating has a device of its own.
         wire_dtype: What rows travel to experts in and back, of `wire.ROW_DTYPES`; empty for the model's own dtype.
 
     Raises:
@@ -80,7 +82,9 @@ class Mesh:
         tracing: Tracing,
         settle_s: float,
         wire_dtype: str = "",
+        shared_apart: str = "auto",
     ) -> None:
+        self._shared_apart = shared_apart
         self.manifest = manifest
         self.wire_dtype = wire.ROW_DTYPES[wire_dtype or manifest.spec.dtype]
         self.narrows = wire_dtype not in ("", "float32", manifest.spec.dtype)
@@ -170,6 +174,13 @@ class Mesh:
             everyone_is_met = all(len(replicas.live) == len(replicas.replicas) for replicas in self.all())
             self._settled = everyone_is_met or time.monotonic() > self._settle_at_s
         return not self.draining and self._settled and (self.is_complete or self.has_full_model)
+
+    @property
+    def shared_apart(self) -> bool:
+        """Whether shared experts are asked together with the routed ones: a call more, for work at the same time."""
+        if self._shared_apart == "auto":
+            return any(replica.description.device not in ("", "cpu") for replica in self.gating.live)
+        return self._shared_apart == "on"
 
     @property
     def reference_profiles(self) -> set[str]:

@@ -37,7 +37,8 @@ class MeshPass:
         self._spec = mesh.manifest.spec
         self._deadline = deadline
         self._observe = observe
-        self._calls = StageCalls(mesh, deadline)
+        apart = mesh.shared_apart and observe is None  # whoever compares traces sees one residual stream
+        self._calls = StageCalls(mesh, deadline, shared_apart=apart)
 
     async def run(self, texts: Sequence[str]) -> Sequence[Answer | MeshError]:
         """Answers texts, each by a classification or by the error of that one text.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from math import inf
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertmesh import wire
-from expertmesh.dispatch import ApplyExperts, Embed, Gate, Gated, Score, Scores, StageCall
+from expertmesh.dispatch import Applied, ApplyExperts, Embed, Gate, Gated, Score, Scores, StageCall
 from expertmesh.errors import CorruptReply, Unavailable
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
@@ -21,7 +21,7 @@ from expertmesh.serving.passes import Stopwatch, are_exact
 from expertmesh.v1.classifier_pb2 import Draw, SampleRequest, SampleResponse, ScoreRequest, ScoreResponse
 from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
 from expertmesh.v1.expert_pb2 import ApplyRequest, ApplyResponse
-from expertmesh.v1.gating_pb2 import GateRequest, GateResponse, Place
+from expertmesh.v1.gating_pb2 import GateRequest, GateResponse, Place, ShareRequest, ShareResponse
 from expertmesh.v1.sampling_pb2 import TokenLogprob, TokenLogprobs
 
 from .mesh import Mesh, expert_unavailable
@@ -38,6 +38,7 @@ class StageCalls:
         deadline: Of all these calls together.
         places: Where the rows of each sequence belong in the KV cache, for a model that has one.
         home: The gating replica that has them.
+        shared_apart: Whether shared experts run while the routed ones do, where there are some.
 
     Attributes:
         stopwatch: Where the time went.
@@ -45,8 +46,14 @@ class StageCalls:
     """
 
     def __init__(
-        self, mesh: Mesh, deadline: Deadline, places: Sequence[Place] = (), home: Replica | None = None
+        self,
+        mesh: Mesh,
+        deadline: Deadline,
+        places: Sequence[Place] = (),
+        home: Replica | None = None,
+        shared_apart: bool = False,
     ) -> None:
+        self._shared_apart = shared_apart and mesh.manifest.spec.dense.shared_width > 0
         self._mesh = mesh
         self._spec = mesh.manifest.spec
         self._deadline = deadline
@@ -127,10 +134,15 @@ class StageCalls:
                 wire.decode_rows(reply.expert_input, (tokens, width), "expert_input"),
                 ids_TK,
                 wire.decode_finite(reply.weights, (tokens, top_k), "weights"),
+                self._shared_apart,
             )
 
         request = GateRequest(
-            layer=call.layer, rows=wire.encode(call.x_TD), lengths=wire.encode(call.lengths_B), places=self._places
+            layer=call.layer,
+            rows=wire.encode(call.x_TD),
+            lengths=wire.encode(call.lengths_B),
+            places=self._places,
+            shared_apart=self._shared_apart,
         )
         return await self._mesh.gating.call("Gate", request, self._deadline, read, at=self._home)
 
@@ -160,29 +172,36 @@ class StageCalls:
         request = ScoreRequest(rows=wire.encode(call.x_TD), lengths=wire.encode(call.lengths_B))
         return await self._mesh.classifier.call("Score", request, self._deadline, read)
 
-    async def _apply(self, call: ApplyExperts) -> Rows:
+    async def _apply(self, call: ApplyExperts) -> Applied:
         out_ND: Rows = np.empty(call.rows_ND.shape, np.float32)
         rows_ND = wire.narrow(call.rows_ND, self._mesh.wire_dtype) if self._mesh.narrows else call.rows_ND
-        await self._apply_all(call.layer, call.slices(), rows_ND, out_ND)
-        return out_ND
+        work = [self._apply_all(call.layer, call.slices(), rows_ND, out_ND)]
+        shared: list[Rows] = []
+        if call.shared_input_TD is not None:
+            work.append(self._share(call.layer, call.shared_input_TD, shared))
+        await all_of(work)
+        return Applied(out_ND, shared[0] if shared else None)
+
+    async def _share(self, layer: int, rows_TD: Rows, out: list[Rows]) -> None:
+        def read(reply: ShareResponse, origin: Origin) -> Rows:
+            self._note(origin)
+            return wire.decode_finite(reply.rows, rows_TD.shape, "rows")
+
+        request = ShareRequest(layer=layer, rows=wire.encode(rows_TD))
+        out.append(await self._mesh.gating.call("Share", request, self._deadline, read))
 
     async def _apply_all(self, layer: int, work: Sequence[tuple[int, slice]], rows_ND: Rows, out_ND: Rows) -> None:
         """One message to each expert service that has rows, all at once; more where one would be too large."""
         service2work: dict[ReplicaSet, list[tuple[int, slice]]] = {}
         for expert, rows in work:
             service2work.setdefault(self._mesh.holder(layer, expert), []).append((expert, rows))
-        tasks = [
-            asyncio.create_task(self._apply_at(service, layer, message, rows_ND, out_ND))
-            for service, held in service2work.items()
-            for message in messages(held, self._mesh.message_rows)
-        ]
-        try:
-            await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
+        await all_of(
+            [
+                self._apply_at(service, layer, message, rows_ND, out_ND)
+                for service, held in service2work.items()
+                for message in messages(held, self._mesh.message_rows)
+            ]
+        )
 
     async def _apply_at(
         self, service: ReplicaSet, layer: int, work: list[tuple[int, slice]], rows_ND: Rows, out_ND: Rows
@@ -218,6 +237,21 @@ class StageCalls:
 
     def _note(self, origin: Origin) -> None:
         self.profiles.add(origin.profile)
+
+
+async def all_of(work: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Does several things at once; if one fails, the others are cancelled and over when that is told."""
+    if len(work) == 1:
+        await work[0]
+        return
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 def check_token(token: TokenLogprobs, logprobs: int, vocab: int) -> None:

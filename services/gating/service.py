@@ -10,6 +10,7 @@ from expertmesh import wire
 from expertmesh.dispatch import Gated
 from expertmesh.errors import InvalidInput, WrongPart
 from expertmesh.model.arrays import to_arrays, to_numpy
+from expertmesh.model.layers import DTYPES
 from expertmesh.model.sequences import Sequences
 from expertmesh.serving.leases import Leases, Place
 from expertmesh.serving.stage import Stage
@@ -20,6 +21,8 @@ from expertmesh.v1.gating_pb2 import (
     OpenResponse,
     ReleaseRequest,
     ReleaseResponse,
+    ShareRequest,
+    ShareResponse,
 )
 from expertmesh.v1.gating_pb2_grpc import GatingServiceServicer
 
@@ -47,6 +50,18 @@ class GatingServicer(GatingServiceServicer):
         lengths_B = wire.decode_lengths(request.lengths, len(x_TD), spec.context)
         return encode_gated(await self._stage.compute(len(x_TD), lambda: self._gate(request, x_TD, lengths_B)))
 
+    async def Share(self, request: ShareRequest, context: grpc.aio.ServicerContext) -> ShareResponse:
+        """Runs one layer's shared experts."""
+        layer = self._layers[request.layer] if 0 <= request.layer < len(self._layers) else None
+        if layer is None or not layer.has_shared:
+            raise WrongPart(f"layer {request.layer} has no shared experts here")
+        rows_TD = wire.decode_rows(request.rows, (None, self._stage.spec.width), "rows")
+        dtype = DTYPES[self._stage.spec.dtype]
+        shared_TD = await self._stage.compute(
+            len(rows_TD), lambda: to_numpy(layer.share(self._stage.tensor(rows_TD).to(dtype)))
+        )
+        return ShareResponse(rows=wire.encode(shared_TD))
+
     async def Open(self, request: OpenRequest, context: grpc.aio.ServicerContext) -> OpenResponse:
         """Reserves room in the KV cache for a sequence."""
         self._cached().open(request.sequence, request.epoch, request.tokens)
@@ -58,7 +73,7 @@ class GatingServicer(GatingServiceServicer):
 
     def _gate(self, request: GateRequest, x_TD: npt.NDArray[np.float32], lengths_B: npt.NDArray[np.int32]) -> Gated:
         gated: Gated = self._layers[request.layer](
-            self._stage.tensor(x_TD), self._sequences(request, lengths_B.tolist(), lengths_B)
+            self._stage.tensor(x_TD), self._sequences(request, lengths_B.tolist(), lengths_B), request.shared_apart
         )
         return gated
 
