@@ -147,6 +147,7 @@ def _process(
     device = options.devices.get(service.name, options.devices.get(service.kind, "cpu"))
     if service.kind == "gateway":
         arguments += [f"--mesh={folder / MESH_FILE}", f"--http={service.http}", f"--settle-s={START_TIMEOUT_S}"]
+        arguments += _one_at_a_time(options)
     else:
         arguments += [f"--model={mesh_file.model}", "--metrics=127.0.0.1:0", f"--device={device}"]
     if simulated := options.simulate.get(service.name, options.simulate.get(service.kind)):
@@ -159,6 +160,14 @@ def _process(
     if service.kind in ("gateway", "full_model", "classifier"):
         arguments.append(f"--inspect={options.inspect}")
     return Process(name, service.name, service.kind, address, arguments)
+
+
+def _one_at_a_time(options: Options) -> list[str]:
+    """Where all processes share the same cores, one pass or step at a time is fastest: nothing has to be found out."""
+    if options.simulate or any(device != "cpu" for device in options.devices.values()):
+        return []
+    flags = {"EXPERTMESH_PASSES": "--passes=1", "EXPERTMESH_MICRO_BATCHES": "--micro-batches=1"}
+    return [flag for variable, flag in flags.items() if variable not in os.environ]
 
 
 def _check_names(services: list[Service], options: Options) -> None:

@@ -6,7 +6,7 @@ this on CPU in fp32 (measured, torch 2.13, AVX-512):
 
 - `F.linear` adds up in an order that depends on how many rows share the call: below 16 on Intel, below 8 on AMD, and on
   both up to hundreds where a weight is wide. oneDNN's products with weights that it has packed do not, from 2 rows up,
-  on any instruction set, number of inputs, outputs or threads that was tried (docs/decisions/0011). They also read a
+  on any instruction set, number of inputs, outputs or threads that was tried (docs/decisions/0010). They also read a
   weight once, as it lies, where MKL packs it anew at every call. So weights are packed once (`pack`).
 - Values in attention lie row by row, and their product depends on a row's place if they have 1, 5 to 7 or 9 to 11
   columns: they are padded to a multiple of 4.
