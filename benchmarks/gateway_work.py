@@ -87,12 +87,12 @@ def measure(spec: ModelSpec, rows: int, texts: int, services: int) -> dict[str, 
                 np.concatenate([dispatched_ND[part] for _, part in message])
 
     kinds: dict[str, Callable[[], object]] = {
-        "serialise for gating": serialise_gate,
-        "parse gating's reply": parse_gate,
-        "plan the dispatch": lambda: plan_dispatch(ids_TK, experts),
-        "copy rows for experts": copy,
-        "serialise for experts": serialise_experts,
-        "parse experts' replies": parse_experts,
+        "serialise: gating": serialise_gate,
+        "parse: gating": parse_gate,
+        "plan": lambda: plan_dispatch(ids_TK, experts),
+        "copy": copy,
+        "serialise: experts": serialise_experts,
+        "parse: experts": parse_experts,
         "combine": lambda: combine(x_TD, rows_ND, weights_TK, plan),
     }
     return {name: median_ms_of(work, SECONDS) * 1e3 for name, work in kinds.items()}

@@ -2,7 +2,8 @@
 
     python -m benchmarks.profile [MODEL] [--seconds 2] [--json FILE]
 
-Meshes of 8 and of 2 expert services classify, for 1 caller, for 32, and for one whose calls have 16 texts. Wall is what the gateway waited for a stage,
+Meshes of 8 and of 2 expert services classify, for 1 caller, for 32, and for one whose calls have 16 texts: the gateway's
+processor time of the last two differs by what it costs to serve callers. Wall is what the gateway waited for a stage,
 handler what the stage itself spent on a call from its arrival to its end, with its queue and its computing; the rest of
 the wall is wire and wake: sending, waking up and reading, both ways. Experts of a layer are called at once: their
 handler is the mean of one call a layer, so the wait for the slowest of them counts as wire and wake. Processor time is
@@ -89,7 +90,7 @@ class Profile:
         combine: In the gateway between the stages: dispatch and combine.
         stages: Each stage's.
         processor: Processor time of every kind of process, and of the client; empty where it is not told.
-        busy: Share of the cores that these were at work.
+        busy: Share of the cores that these were at work; 0 where it is not told.
     """
 
     texts: float
@@ -262,16 +263,14 @@ def _stages_table(name: str, given: Sequence[Profile], floor_ms: Sequence[float]
 def _work_table(
     measured: Mapping[str, Sequence[Profile]], works_us: Mapping[str, Mapping[str, float]], layers: int
 ) -> Table:
-    table = Table("gateway's own work", *measured)
-    for what in next(iter(works_us.values())):
-        table.add_row(f"{what}, µs a layer", *(f"{work_us[what]:.0f}" for work_us in works_us.values()))
-    wholes_ms = [sum(work_us.values()) * layers / 1e3 for work_us in works_us.values()]
-    table.add_section()
-    table.add_row("all of this, ms a pass", *map(_ms, wholes_ms))
-    if IS_TOLD:
-        used_ms = [statistics.median(one.processor["gateway"] for one in given) for given in measured.values()]
-        rests_ms = [used - whole for used, whole in zip(used_ms, wholes_ms, strict=True)]
-        table.add_row("rest of its processor time, ms a pass", *map(_ms, rests_ms))
+    kinds = next(iter(works_us.values()))
+    title = "gateway's own work: µs of a layer; all of it and the rest of its processor time: ms of a pass"
+    table = Table("", *kinds, "all", *(["rest"] if IS_TOLD else []), title=title)
+    for name, work_us in works_us.items():
+        whole_ms = sum(work_us.values()) * layers / 1e3
+        used_ms = [one.processor["gateway"] for one in measured[name]] if IS_TOLD else []
+        rest = [_ms(statistics.median(used_ms) - whole_ms)] if IS_TOLD else []
+        table.add_row(name, *(f"{us:.0f}" for us in work_us.values()), _ms(whole_ms), *rest)
     return table
 
 
