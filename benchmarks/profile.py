@@ -2,13 +2,14 @@
 
     python -m benchmarks.profile [MODEL] [--seconds 2] [--json FILE]
 
-Meshes of 8 and of 2 expert services classify, for 1 caller, for 32, and for one whose calls have 16 texts: the gateway's
-processor time of the last two differs by what it costs to serve callers. Wall is what the gateway waited for a stage,
-handler what the stage itself spent on a call from its arrival to its end, with its queue and its computing; the rest of
-the wall is wire and wake: sending, waking up and reading, both ways. Experts of a layer are called at once: their
-handler is the mean of one call a layer, so the wait for the slowest of them counts as wire and wake. Processor time is
-what the kernel gave to all threads of these processes. Beside it stand the gateway's work on rows, done again by
-itself, and the full model's forward pass with one thread: what no transport can remove.
+Meshes of 8 and of 2 expert services classify, for 1 caller, for 32, and for one whose calls have 16 texts: between the
+last two the gateway's processor time differs by what it costs to serve callers, and by how many texts a pass has. Wall
+is what the gateway waited for a stage, handler what the stage itself spent on a call from its arrival to its end, with
+its queue and its computing; the rest of the wall is wire and wake: sending, waking up and reading, both ways. Experts
+of a layer are called at once: their handler is the mean of one call a layer, so the wait for the slowest of them
+counts as wire and wake. Processor time is what the kernel gave to all threads of these processes. Beside it stand the
+gateway's work on rows, done again by itself, and the full model's forward pass with one thread: what no transport can
+remove.
 """
 
 from __future__ import annotations
