@@ -6,7 +6,7 @@ BIN := .venv/bin
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-BENCHMARKS := layer classify generate overlap scale
+BENCHMARKS := layer classify generate overlap scale profile
 # Threads that wait sleep, so that processes on few cores do not spin against each other.
 export OMP_WAIT_POLICY := passive
 

@@ -102,7 +102,9 @@ def main(folder: str, threads: str) -> None:
     loader = StageLoader(Path(folder), torch.device("cpu"))
     tokenizer = load_classifier_tokenizer(Path(folder), loader.manifest)
     model = loader.full_model()
-    plain = PlainForward(model)
+    unpacked = FullModel(loader.spec)  # the loader packs weights, which plain operations cannot read
+    unpacked.load_state_dict(model.state_dict())
+    plain = PlainForward(unpacked)
     ways: dict[str, Callable[..., Tensor]] = {"own": lambda *inputs: model(*inputs).logits_BC, "plain": plain}
 
     def answer(way: str, texts: list[str], batch: int, seconds: float) -> float:

@@ -39,7 +39,7 @@ def own_layer(experts: list[GatedMLP]) -> Layer:
 
 def plain_layer(experts: list[GatedMLP]) -> Layer:
     """What one writes in torch without a thought of bits."""
-    weights = [(one.gate.weight, one.up.weight, one.down.weight) for one in experts]
+    weights = [(one.gate.dense_weight(), one.up.dense_weight(), one.down.dense_weight()) for one in experts]
 
     def layer(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         out_TD = x_TD.clone()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import urllib.request
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 from expertmesh.cli import session
 from expertmesh.client import Client
 from expertmesh.local.plan import Options, Plan, Process
+from expertmesh.local.state import STATE_FILE
 
 
 @asynccontextmanager
@@ -61,6 +64,27 @@ def count(plan: Plan, kind: str) -> int:
     return len(_processes(plan, kind))
 
 
+async def samples(plan: Plan, kind: str) -> Counter[str]:
+    """Every sample of its metrics as `name{labels}`, summed over all processes of a kind."""
+    summed: Counter[str] = Counter()
+    for process in _processes(plan, kind):
+        text = await asyncio.to_thread(_exposition, await _metrics_address(plan, process.address, kind))
+        for line in text.splitlines():
+            if not line.startswith("#"):
+                name, _, value = line.rpartition(" ")
+                summed[name] += float(value)  # type: ignore[assignment]  # a Counter adds any number
+    return summed
+
+
+def pids(plan: Plan) -> dict[str, list[int]]:
+    """The pids of every kind of process, as the mesh wrote them down in the folder of its sockets."""
+    folder = next(Path(one.address.removeprefix("unix:")).parent for one in plan.processes if one.kind != "gateway")
+    kind2pids: dict[str, list[int]] = {}
+    for process in json.loads((folder / STATE_FILE).read_text())["processes"].values():
+        kind2pids.setdefault(process["kind"], []).append(process["pid"])
+    return kind2pids
+
+
 def _processes(plan: Plan, kind: str) -> list[Process]:
     return [process for process in plan.processes if process.kind == kind]
 
@@ -72,8 +96,13 @@ async def _metrics_address(plan: Plan, address: str, kind: str) -> str:
         return (await client.describe()).metrics_address
 
 
-def _read(address: str, metric: str) -> float:
+def _exposition(address: str) -> str:
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as reply:
-        lines = reply.read().decode().splitlines()
+        text: str = reply.read().decode()
+    return text
+
+
+def _read(address: str, metric: str) -> float:
+    lines = _exposition(address).splitlines()
     found = [re.fullmatch(rf"{metric}(?:\{{.*\}})? (\S+)", line) for line in lines]
     return sum(float(match[1]) for match in found if match)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from benchmarks.child import Child
 from benchmarks.echo import echoes
+from benchmarks.processor import IS_TOLD, processor_ns
 from benchmarks.report import Report, difference, ratio
 from benchmarks.rounds import in_turn
 from tests import tiny
@@ -70,3 +73,12 @@ async def test_echoes_reach_as_many_servers_as_there_are_messages() -> None:
     async with echoes(2, tiny.scratch()) as echo:
         await echo.fan_out([b"one", b"another"])
         await echo.fan_out([b"alone"])
+
+
+@pytest.mark.skipif(not IS_TOLD, reason="only Linux tells the processor time of threads")
+def test_processor_time_is_that_of_the_processes_and_not_the_clock() -> None:
+    before_ns, used_s = processor_ns([os.getpid()]), time.process_time()
+    while time.process_time() - used_s < 0.1:
+        pass
+    used_ns = processor_ns([os.getpid()]) - before_ns
+    assert 0.08e9 < used_ns < (time.process_time() - used_s) * 1e9 + 0.02e9
