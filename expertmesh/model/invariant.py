@@ -85,8 +85,10 @@ def _packed_linear(x_ND: Tensor, packed_OD: Tensor, bias_O: Tensor | None) -> Te
 
 
 def _round_rows(rows: int) -> int:
-    """How many rows oneDNN is given: a single one would go another way, and it compiles a kernel for every number."""
-    multiple = 2 if rows <= 8 else 8 if rows <= 128 else 64
+    """How many rows oneDNN is given: one alone goes another way, and every number is a kernel to compile and keep."""
+    if rows <= 8:
+        return 2 if rows <= 2 else 4 if rows <= 4 else 8
+    multiple = 8 if rows <= 32 else 16 if rows <= 128 else 64
     return rows + -rows % multiple
 
 
