@@ -53,7 +53,7 @@ class Echo(EmbeddingServiceServicer):
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
         self.go_on = asyncio.Event()
-        self.error: Exception = InvalidInput("it is bad", "ids")
+        self.error: BaseException = InvalidInput("it is bad", "ids")
         self.request_ids: list[str] = []
         self.remaining_s = 0.0
 
@@ -158,6 +158,28 @@ async def test_a_caller_who_leaves_cancels_the_call(carrier: str) -> None:
         await ends.echo.arrived.wait()
         call.cancel()
         await asyncio.wait_for(ends.echo.cancelled.wait(), 5)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+async def test_calls_that_are_cancelled_before_they_begin_leave_nothing_behind(carrier: str) -> None:
+    async with linked(carrier) as ends:
+        for _ in range(3):
+            call = ends.ask(what=Echo.HANG)
+            call.send(None)  # the call and its end are sent in one breath
+            with pytest.raises(asyncio.CancelledError):
+                call.throw(asyncio.CancelledError())
+        assert await ends.ask(b"on") == b"on"
+        ends.servicer.drain()
+        await asyncio.wait_for(ends.link.ended.wait(), 5)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+async def test_a_method_that_cancels_itself_is_answered(carrier: str) -> None:
+    async with linked(carrier) as ends:
+        ends.echo.error = asyncio.CancelledError()
+        with pytest.raises(Unavailable):
+            await ends.ask(what=Echo.RAISE)
+        assert await ends.ask(b"on") == b"on"
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)

@@ -169,7 +169,9 @@ class _Calls:
                 read = parsed(message, handler.request_deserializer)
             except InvalidInput as error:
                 read = error
-            self._under_way[request.call] = asyncio.create_task(self._serve(request, read))
+            task = asyncio.create_task(self._serve(request, read))
+            self._under_way[request.call] = task
+            task.add_done_callback(lambda _: self._served(request.call))  # one cancelled before it began has no finally
 
     def settle(self) -> None:
         """Ends the link as soon as no call is under way."""
@@ -186,10 +188,14 @@ class _Calls:
     async def _serve(self, request: LinkRequest, message: Any) -> None:
         try:
             self._send(request.call, await self._answer(request, message))
-        finally:
-            self._under_way.pop(request.call, None)
-            if self._settling:
-                self.settle()
+        except asyncio.CancelledError:
+            self._send(request.call, _refusal(grpc.StatusCode.CANCELLED, "it was cancelled"))
+            raise
+
+    def _served(self, call: int) -> None:
+        del self._under_way[call]
+        if self._settling:
+            self.settle()
 
     def _send(self, call: int, outcome: bytes | Failure) -> None:
         if self.connection is None:
