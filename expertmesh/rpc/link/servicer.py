@@ -55,6 +55,7 @@ class LinkServicer:
         self._max_message_bytes = max_message_bytes
         self._path2handler: dict[str, grpc.RpcMethodHandler] = {}
         self._links: set[_Calls] = set()
+        self._one_ended = asyncio.Event()
         self._draining = False
         self.description = DescribeResponse()
 
@@ -89,6 +90,17 @@ class LinkServicer:
         for calls in list(self._links):
             calls.settle()
 
+    async def ended(self, grace_s: float) -> None:
+        """Waits until every link has ended, which takes a `drain`; what is under way after the grace is cut off."""
+        try:
+            async with asyncio.timeout(grace_s):
+                while self._links:
+                    self._one_ended.clear()
+                    await self._one_ended.wait()
+        except TimeoutError:
+            for calls in list(self._links):
+                calls.cut_off()
+
     async def Link(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
         """One link over a stream."""
         calls = _Calls(self._path2handler, self._answer)
@@ -97,7 +109,7 @@ class LinkServicer:
         try:
             await stream.run()
         finally:
-            self._links.discard(calls)
+            self._forget(calls)
 
     def _accept(self) -> socket.SocketConnection:
         """One link over a socket."""
@@ -107,7 +119,7 @@ class LinkServicer:
             self._begin(calls, connection)
 
         def end() -> None:
-            self._links.discard(calls)
+            self._forget(calls)
             calls.end()
 
         connection = socket.SocketConnection(LinkRequest, calls.take, end, self._max_message_bytes, begin)
@@ -119,6 +131,10 @@ class LinkServicer:
         connection.send(LinkResponse(), self.description.SerializeToString())
         if self._draining:
             calls.settle()
+
+    def _forget(self, calls: _Calls) -> None:
+        self._links.discard(calls)
+        self._one_ended.set()
 
     async def _answer(self, request: LinkRequest, message: Any) -> bytes | Failure:
         request_id.take_over(request.request_id)
@@ -178,6 +194,12 @@ class _Calls:
         self._settling = True
         if not self._under_way and self.connection is not None:
             self.connection.close()
+
+    def cut_off(self) -> None:
+        """Ends the link and what is under way on it."""
+        if self.connection is not None:
+            self.connection.close()
+        self.end()
 
     def end(self) -> None:
         """Cancels what is under way, since nobody is there to hear of it."""
