@@ -36,6 +36,7 @@ from expertmesh.v1.embedding_pb2_grpc import (
     add_EmbeddingServiceServicer_to_server,
 )
 from expertmesh.v1.link_pb2 import LinkRequest, LinkResponse
+from expertmesh.v1.link_pb2_grpc import LinkServiceStub
 from expertmesh.v1.tensor_pb2 import Tensor
 from expertmesh.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from tests import tiny
@@ -249,6 +250,17 @@ async def test_nobody_there_is_told_as_such_and_a_link_may_be_opened_again() -> 
         assert await ends.ask(b"again") == b"again"
 
 
+@pytest.mark.parametrize("carrier", CARRIERS)
+async def test_a_link_that_is_opened_once_more_keeps_what_is_under_way(carrier: str) -> None:
+    async with linked(carrier) as ends:
+        call = asyncio.create_task(ends.ask(b"begun", Echo.HANG))
+        await ends.echo.arrived.wait()
+        await ends.link.open(5)
+        ends.echo.go_on.set()
+        assert await call == b"begun"
+        assert await ends.ask(b"on") == b"on"
+
+
 def frame(head: Any, message: bytes = b"") -> bytes:
     data = head.SerializeToString()
     return struct.pack("<II", len(data), len(message)) + data + message
@@ -307,6 +319,41 @@ async def test_a_message_that_is_none_fails_alone_and_a_reply_to_nobody_is_dropp
         refused = await asyncio.wait_for(responses.get(), 5)
         assert (refused.call, refused.code) == (5, grpc.StatusCode.INVALID_ARGUMENT.value[0])
         transport.close()
+
+
+async def test_a_peer_that_does_not_read_is_not_read_either_until_it_does() -> None:
+    calls, size = 100, 500_000
+    request = EmbedRequest(ids=Tensor(data=bytes(size))).SerializeToString()
+    async with linked("unix") as ends:
+        path = ends.link._address.removeprefix("unix:") + ".link"
+        reader, writer = await asyncio.open_unix_connection(path, limit=1024)
+        for number in range(1, calls + 1):
+            writer.write(frame(LinkRequest(call=number, method="/expertmesh.v1.EmbeddingService/Embed"), request))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(writer.drain(), 1)
+        assert await ends.ask(b"on") == b"on"
+        assert len(ends.echo.request_ids) < calls / 2
+        async with asyncio.timeout(30):
+            for number in range(calls + 1):  # who answers, and the answers
+                head_bytes, message_bytes = struct.unpack("<II", await reader.readexactly(8))
+                head = LinkResponse.FromString(await reader.readexactly(head_bytes))
+                assert (head.call, head.code) == (number, 0)
+                await reader.readexactly(message_bytes)
+        writer.close()
+
+
+async def test_a_peer_that_does_not_read_its_stream_cannot_write_for_ever() -> None:
+    request = EmbedRequest(ids=Tensor(data=bytes(500_000))).SerializeToString()
+    async with linked("tcp") as ends:
+        call = LinkServiceStub(ends.link._channel).Link()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(3):
+                for number in range(1, 201):
+                    method = "/expertmesh.v1.EmbeddingService/Embed"
+                    await call.write(LinkRequest(call=number, method=method, message=request))
+        call.cancel()
+        assert await ends.ask(b"on") == b"on"
+        assert len(ends.echo.request_ids) < 100
 
 
 async def test_only_its_user_may_connect() -> None:

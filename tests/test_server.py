@@ -171,6 +171,10 @@ def listen() -> str:
     return f"unix:{tiny.scratch()}/program.sock"
 
 
+def socket_of_links(address: str) -> Path:
+    return Path(address.removeprefix("unix:") + LINK_SUFFIX)
+
+
 async def next_status(watch: Any) -> int:
     async with asyncio.timeout(10):
         return (await watch.read()).status
@@ -272,7 +276,7 @@ async def test_a_call_over_a_link_is_answered_before_the_stop() -> None:
         double.go_on.set()
         assert (await call).rows.shape == [1, 2]
         await asyncio.wait_for(link.ended.wait(), 5)
-    assert not Path(address.removeprefix("unix:") + LINK_SUFFIX).exists()
+    assert not socket_of_links(address).exists()
 
 
 async def test_a_call_over_a_link_that_does_not_end_is_cut_off_after_the_grace() -> None:

@@ -104,7 +104,7 @@ class LinkServicer:
     async def Link(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
         """One link over a stream."""
         calls = _Calls(self._path2handler, self._answer)
-        stream = StreamConnection(context, calls.take, calls.end)
+        stream = StreamConnection(context, calls.take, calls.end, self._max_message_bytes)
         self._begin(calls, stream)
         try:
             await stream.run()
@@ -122,7 +122,8 @@ class LinkServicer:
             self._forget(calls)
             calls.end()
 
-        connection = socket.SocketConnection(LinkRequest, calls.take, end, self._max_message_bytes, begin)
+        most_bytes = self._max_message_bytes
+        connection = socket.SocketConnection(LinkRequest, calls.take, end, most_bytes, begin, holds_back=True)
         return connection
 
     def _begin(self, calls: _Calls, connection: Connection) -> None:
