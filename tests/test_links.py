@@ -239,6 +239,26 @@ async def test_a_program_that_stops_ends_what_it_has_begun_and_takes_no_more(car
         await asyncio.wait_for(ends.link.ended.wait(), 5)
 
 
+async def test_a_reply_that_is_on_its_way_arrives_though_its_sender_stops_and_is_written_to() -> None:
+    async with linked("unix") as ends:
+        call = asyncio.create_task(ends.ask(b"begun", Echo.HANG))
+        await ends.echo.arrived.wait()
+        own: Any = ends.link._connection
+        own._transport.pause_reading()  # as one that is busy
+        ends.servicer.drain()
+        ends.echo.go_on.set()
+        async with asyncio.timeout(5):
+            while any(calls._under_way for calls in ends.servicer._links):
+                await asyncio.sleep(0)
+        late = asyncio.create_task(ends.ask(b"late"))
+        await asyncio.sleep(0)
+        own._transport.resume_reading()
+        assert await call == b"begun"
+        with pytest.raises(Unavailable):
+            await late
+        await asyncio.wait_for(ends.servicer.ended(5), 1)
+
+
 async def test_nobody_there_is_told_as_such_and_a_link_may_be_opened_again() -> None:
     async with linked("unix") as ends:
         address = "unix:/nowhere/at/all.sock"
@@ -346,11 +366,14 @@ async def test_a_peer_that_does_not_read_its_stream_cannot_write_for_ever() -> N
     request = EmbedRequest(ids=Tensor(data=bytes(500_000))).SerializeToString()
     async with linked("tcp") as ends:
         call = LinkServiceStub(ends.link._channel).Link()
+
+        async def write() -> None:
+            for number in range(1, 201):
+                method = "/expertmesh.v1.EmbeddingService/Embed"
+                await call.write(LinkRequest(call=number, method=method, message=request))
+
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(3):
-                for number in range(1, 201):
-                    method = "/expertmesh.v1.EmbeddingService/Embed"
-                    await call.write(LinkRequest(call=number, method=method, message=request))
+            await asyncio.wait_for(write(), 2)
         call.cancel()
         assert await ends.ask(b"on") == b"on"
         assert len(ends.echo.request_ids) < 100

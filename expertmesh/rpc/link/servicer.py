@@ -194,7 +194,7 @@ class _Calls:
         """Ends the link as soon as no call is under way."""
         self._settling = True
         if not self._under_way and self.connection is not None:
-            self.connection.close()
+            self.connection.finish()
 
     def cut_off(self) -> None:
         """Ends the link and what is under way on it."""

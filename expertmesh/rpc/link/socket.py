@@ -54,6 +54,7 @@ class SocketConnection(asyncio.BufferedProtocol):
         self._view = memoryview(self._buffer)
         self._filled = 0
         self._transport: asyncio.Transport | None = None
+        self._finished = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As asyncio has it."""
@@ -109,9 +110,15 @@ class SocketConnection(asyncio.BufferedProtocol):
 
     def send(self, head: Any, message: bytes) -> None:
         """Sends a frame; one that nobody is there to receive is dropped."""
-        if self._transport is not None:
+        if self._transport is not None and not self._finished:
             data: bytes = head.SerializeToString()
             self._transport.write(b"".join((_LENGTHS.pack(len(data), len(message)), data, message)))
+
+    def finish(self) -> None:
+        """Sends no more; were the socket closed, a peer that writes to it would lose what it has not read yet."""
+        if self._transport is not None and not self._finished:
+            self._finished = True
+            self._transport.write_eof()
 
     def close(self) -> None:
         """Ends the connection, what has been sent being delivered first."""

@@ -50,6 +50,10 @@ class StreamConnection:
         self._unsent_bytes += _HEAD_BYTES + len(message)
         self._wake.set()
 
+    def finish(self) -> None:
+        """Ends the stream, which gRPC does in good order."""
+        self.close()
+
     def close(self) -> None:
         """Ends the stream."""
         self._closing = True
