@@ -14,6 +14,7 @@ from expertmesh.model.arrays import to_torch
 from expertmesh.rpc.channel import open_channel
 from expertmesh.v1.expert_pb2 import ApplyRequest
 from expertmesh.v1.expert_pb2_grpc import ExpertServiceStub, add_ExpertServiceServicer_to_server
+from services.expert.bank import Rows
 from services.expert.service import ExpertServicer
 from tests import tiny
 from tests.generating import model
@@ -72,3 +73,16 @@ async def test_rows_that_are_not_finite_are_refused(expert: tuple[Any, ExpertSer
     with pytest.raises(grpc.aio.AioRpcError, match="not finite") as refused:
         await expert[0].Apply(asked(bits.view(wire.ROW_DTYPES[name])))
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_call_gets_the_same_bytes_whatever_runs_with_it(
+    expert: tuple[Any, ExpertServicer, torch.dtype],
+) -> None:
+    bank = expert[1].bank
+    small, large = (Rows([3], [7], rows("float16", scale)) for scale in (1.0, 15_000))
+    with torch.inference_mode():
+        alone = [bank.apply(1, [call])[0] for call in (small, large)]
+        together = bank.apply(1, [small, large])
+    assert [one.dtype for one in together] == [one.dtype for one in alone]
+    assert alone[0].dtype == wire.FLOAT16 != alone[1].dtype
+    assert [one.tobytes() for one in together] == [one.tobytes() for one in alone]

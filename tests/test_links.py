@@ -36,6 +36,7 @@ from expertmesh.v1.embedding_pb2_grpc import (
     add_EmbeddingServiceServicer_to_server,
 )
 from expertmesh.v1.link_pb2 import LinkRequest, LinkResponse
+from expertmesh.v1.link_pb2_grpc import LinkServiceStub
 from expertmesh.v1.tensor_pb2 import Tensor
 from expertmesh.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from tests import tiny
@@ -53,7 +54,7 @@ class Echo(EmbeddingServiceServicer):
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
         self.go_on = asyncio.Event()
-        self.error: Exception = InvalidInput("it is bad", "ids")
+        self.error: BaseException = InvalidInput("it is bad", "ids")
         self.request_ids: list[str] = []
         self.remaining_s = 0.0
 
@@ -161,6 +162,28 @@ async def test_a_caller_who_leaves_cancels_the_call(carrier: str) -> None:
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
+async def test_calls_that_are_cancelled_before_they_begin_leave_nothing_behind(carrier: str) -> None:
+    async with linked(carrier) as ends:
+        for _ in range(3):
+            call = ends.ask(what=Echo.HANG)
+            call.send(None)  # the call and its end are sent in one breath
+            with pytest.raises(asyncio.CancelledError):
+                call.throw(asyncio.CancelledError())
+        assert await ends.ask(b"on") == b"on"
+        ends.servicer.drain()
+        await asyncio.wait_for(ends.link.ended.wait(), 5)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+async def test_a_method_that_cancels_itself_is_answered(carrier: str) -> None:
+    async with linked(carrier) as ends:
+        ends.echo.error = asyncio.CancelledError()
+        with pytest.raises(Unavailable):
+            await ends.ask(what=Echo.RAISE)
+        assert await ends.ask(b"on") == b"on"
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
 async def test_the_request_id_travels_with_each_call(carrier: str) -> None:
     async def ask(ends: Ends, name: str) -> None:
         request_id.take_over(name)
@@ -216,6 +239,26 @@ async def test_a_program_that_stops_ends_what_it_has_begun_and_takes_no_more(car
         await asyncio.wait_for(ends.link.ended.wait(), 5)
 
 
+async def test_a_reply_that_is_on_its_way_arrives_though_its_sender_stops_and_is_written_to() -> None:
+    async with linked("unix") as ends:
+        call = asyncio.create_task(ends.ask(b"begun", Echo.HANG))
+        await ends.echo.arrived.wait()
+        own: Any = ends.link._connection
+        own._transport.pause_reading()  # as one that is busy
+        ends.servicer.drain()
+        ends.echo.go_on.set()
+        async with asyncio.timeout(5):
+            while any(calls._under_way for calls in ends.servicer._links):
+                await asyncio.sleep(0)
+        late = asyncio.create_task(ends.ask(b"late"))
+        await asyncio.sleep(0)
+        own._transport.resume_reading()
+        assert await call == b"begun"
+        with pytest.raises(Unavailable):
+            await late
+        await asyncio.wait_for(ends.servicer.ended(5), 1)
+
+
 async def test_nobody_there_is_told_as_such_and_a_link_may_be_opened_again() -> None:
     async with linked("unix") as ends:
         address = "unix:/nowhere/at/all.sock"
@@ -225,6 +268,17 @@ async def test_nobody_there_is_told_as_such_and_a_link_may_be_opened_again() -> 
         await ends.link.close()
         await ends.link.open(5)
         assert await ends.ask(b"again") == b"again"
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+async def test_a_link_that_is_opened_once_more_keeps_what_is_under_way(carrier: str) -> None:
+    async with linked(carrier) as ends:
+        call = asyncio.create_task(ends.ask(b"begun", Echo.HANG))
+        await ends.echo.arrived.wait()
+        await ends.link.open(5)
+        ends.echo.go_on.set()
+        assert await call == b"begun"
+        assert await ends.ask(b"on") == b"on"
 
 
 def frame(head: Any, message: bytes = b"") -> bytes:
@@ -285,6 +339,44 @@ async def test_a_message_that_is_none_fails_alone_and_a_reply_to_nobody_is_dropp
         refused = await asyncio.wait_for(responses.get(), 5)
         assert (refused.call, refused.code) == (5, grpc.StatusCode.INVALID_ARGUMENT.value[0])
         transport.close()
+
+
+async def test_a_peer_that_does_not_read_is_not_read_either_until_it_does() -> None:
+    calls, size = 100, 500_000
+    request = EmbedRequest(ids=Tensor(data=bytes(size))).SerializeToString()
+    async with linked("unix") as ends:
+        path = ends.link._address.removeprefix("unix:") + ".link"
+        reader, writer = await asyncio.open_unix_connection(path, limit=1024)
+        for number in range(1, calls + 1):
+            writer.write(frame(LinkRequest(call=number, method="/expertmesh.v1.EmbeddingService/Embed"), request))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(writer.drain(), 1)
+        assert await ends.ask(b"on") == b"on"
+        assert len(ends.echo.request_ids) < calls / 2
+        async with asyncio.timeout(30):
+            for number in range(calls + 1):  # who answers, and the answers
+                head_bytes, message_bytes = struct.unpack("<II", await reader.readexactly(8))
+                head = LinkResponse.FromString(await reader.readexactly(head_bytes))
+                assert (head.call, head.code) == (number, 0)
+                await reader.readexactly(message_bytes)
+        writer.close()
+
+
+async def test_a_peer_that_does_not_read_its_stream_cannot_write_for_ever() -> None:
+    request = EmbedRequest(ids=Tensor(data=bytes(500_000))).SerializeToString()
+    async with linked("tcp") as ends:
+        call = LinkServiceStub(ends.link._channel).Link()
+
+        async def write() -> None:
+            for number in range(1, 201):
+                method = "/expertmesh.v1.EmbeddingService/Embed"
+                await call.write(LinkRequest(call=number, method=method, message=request))
+
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(write(), 2)
+        call.cancel()
+        assert await ends.ask(b"on") == b"on"
+        assert len(ends.echo.request_ids) < 100
 
 
 async def test_only_its_user_may_connect() -> None:

@@ -22,11 +22,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from expertmesh.checkpoint.manifest import Manifest, expert_part
-from expertmesh.errors import SetupError
+from expertmesh.errors import SetupError, Unavailable
 from expertmesh.rpc import server
+from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.server import Program as Loaded
 from expertmesh.rpc.server import Servicer
-from expertmesh.rpc.settings import ModelSettings, Settings
+from expertmesh.rpc.settings import LINK_SUFFIX, ModelSettings, Settings
 from expertmesh.serving.stage import open_device
 from expertmesh.telemetry.tracing import OFF
 from expertmesh.v1.description_pb2 import DescribeRequest, DescribeResponse
@@ -170,6 +171,10 @@ def listen() -> str:
     return f"unix:{tiny.scratch()}/program.sock"
 
 
+def socket_of_links(address: str) -> Path:
+    return Path(address.removeprefix("unix:") + LINK_SUFFIX)
+
+
 async def next_status(watch: Any) -> int:
     async with asyncio.timeout(10):
         return (await watch.read()).status
@@ -243,6 +248,54 @@ async def test_a_running_call_is_answered_before_the_stop() -> None:
         assert not ended, "the stop has begun, and the call still has its grace"
         double.go_on.set()
         assert (await answer).rows.shape == [1, 2]
+
+
+async def test_a_call_over_a_link_is_answered_before_the_stop() -> None:
+    double = Honest(5.0)
+    double.go_on.clear()
+    left = asyncio.Event()
+    address = listen()
+
+    @asynccontextmanager
+    async def lifespan() -> AsyncIterator[None]:
+        yield
+        left.set()
+
+    def load(settings: Settings, tracing: Any) -> Loaded:
+        servicer = Servicer("expertmesh.v1.EmbeddingService", add_EmbeddingServiceServicer_to_server, double)
+        return Loaded([servicer], DescribeResponse(kind="embedding"), lifespan())
+
+    async with served(Settings(listen=address, grace_s=20), load) as channel:
+        link = LinkChannel(address, channel, "embedding")
+        await link.open(5)
+        call = asyncio.create_task(EmbeddingServiceStub(link).Embed(EmbedRequest(), 20))  # type: ignore[arg-type]
+        await double.arrived.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(left.wait(), 0.3)  # the stop has begun, and the call still has its grace
+        double.go_on.set()
+        assert (await call).rows.shape == [1, 2]
+        await asyncio.wait_for(link.ended.wait(), 5)
+    assert not socket_of_links(address).exists()
+
+
+async def test_a_call_over_a_link_that_does_not_end_is_cut_off_after_the_grace() -> None:
+    double = Honest()
+    double.go_on.clear()
+    address = listen()
+
+    def load(settings: Settings, tracing: Any) -> Loaded:
+        servicer = Servicer("expertmesh.v1.EmbeddingService", add_EmbeddingServiceServicer_to_server, double)
+        return Loaded([servicer], DescribeResponse(kind="embedding"))
+
+    async with served(Settings(listen=address, grace_s=0.05), load) as channel:
+        link = LinkChannel(address, channel, "embedding")
+        await link.open(5)
+        call = asyncio.create_task(EmbeddingServiceStub(link).Embed(EmbedRequest(), 20))  # type: ignore[arg-type]
+        await double.arrived.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(call, 5)
 
 
 # Programs that do not start

@@ -57,6 +57,20 @@ async def test_an_error_reaches_its_caller_and_the_next_in_the_queue_is_served()
     assert await good == 3
 
 
+async def test_work_that_ends_oddly_fails_alone_and_the_queue_goes_on() -> None:
+    turns = Turns("turns-test")
+
+    def stops() -> None:
+        raise StopIteration
+
+    async with asyncio.timeout(5):
+        odd = asyncio.create_task(turns.run(1, stops))
+        short = [asyncio.create_task(turns.run_together("a", 1, item, lambda items: [0])) for item in range(2)]
+        good = asyncio.create_task(turns.run(1, lambda: 3))
+        outcomes = await asyncio.gather(odd, *short, good, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [RuntimeError, ValueError, ValueError, int]
+
+
 async def test_a_simulated_device_is_busy_with_one_piece_of_work_at_a_time() -> None:
     turns = Turns("turns-test", SimulatedTime(0.02, 0.01))
     started_s = perf_counter()

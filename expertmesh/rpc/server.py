@@ -232,7 +232,7 @@ async def _stop(server: grpc.aio.Server, health: HealthServicer, link: LinkServi
     if settings.drain_s:
         await asyncio.sleep(settings.drain_s)
     link.drain()
-    await server.stop(settings.grace_s)
+    await asyncio.gather(server.stop(settings.grace_s), link.ended(settings.grace_s))
 
 
 def main_guard(program: Callable[[list[str]], int]) -> None:

@@ -154,9 +154,16 @@ class Turns:
 
 
 def _compute(together: Sequence[_Waiting]) -> Sequence[Any]:
-    """A result for each, or the exception that ended the work."""
+    """A result for each, or the exception that ended the work; nothing may end the queue."""
     try:
         with torch.inference_mode():
-            return together[0].work([one.item for one in together])
+            outcomes = together[0].work([one.item for one in together])
+        if len(outcomes) != len(together):
+            raise ValueError(f"the work gave {len(outcomes)} results for {len(together)} items")
+        return outcomes
+    except StopIteration as error:  # which futures do not take
+        ended = RuntimeError("the work raised StopIteration")
+        ended.__cause__ = error
+        return [ended] * len(together)
     except Exception as error:
         return [error] * len(together)

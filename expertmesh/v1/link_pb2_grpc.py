@@ -29,7 +29,7 @@ class LinkServiceStub(object):
     """Calls of a service's other methods over one long-lived stream, which costs less than half of calls of their own.
 
     A call means the same either way: it has a deadline, can be cancelled, carries request id and trace context, and ends
-    with one status and its details. Who answers is told once, in the stream's initial metadata. Replies come in any
+    with one status and its details. Who answers is told first: call 0 with a `DescribeResponse`. Replies come in any
     order. When the stream ends, whatever is still under way has failed as if each had been UNAVAILABLE.
     """
 
@@ -50,7 +50,7 @@ class LinkServiceServicer(object):
     """Calls of a service's other methods over one long-lived stream, which costs less than half of calls of their own.
 
     A call means the same either way: it has a deadline, can be cancelled, carries request id and trace context, and ends
-    with one status and its details. Who answers is told once, in the stream's initial metadata. Replies come in any
+    with one status and its details. Who answers is told first: call 0 with a `DescribeResponse`. Replies come in any
     order. When the stream ends, whatever is still under way has failed as if each had been UNAVAILABLE.
     """
 
@@ -80,7 +80,7 @@ class LinkService(object):
     """Calls of a service's other methods over one long-lived stream, which costs less than half of calls of their own.
 
     A call means the same either way: it has a deadline, can be cancelled, carries request id and trace context, and ends
-    with one status and its details. Who answers is told once, in the stream's initial metadata. Replies come in any
+    with one status and its details. Who answers is told first: call 0 with a `DescribeResponse`. Replies come in any
     order. When the stream ends, whatever is still under way has failed as if each had been UNAVAILABLE.
     """
 

@@ -56,7 +56,7 @@ class Bank:
         An expert sees the rows of all calls as one product, in which no row's bits depend on the others.
         """
         if len(calls) == 1:
-            return [self._apply(layer, calls[0])]
+            return [wire.narrow(self._apply(layer, calls[0]), calls[0].rows_ND.dtype)]
         order = sorted((expert, index) for index, call in enumerate(calls) for expert in call.experts)
         pieces = [
             dict(zip(call.experts, np.split(call.rows_ND, np.cumsum(call.counts)[:-1]), strict=True)) for call in calls
@@ -67,9 +67,11 @@ class Bank:
         out_ND = self._apply(layer, Rows(experts, counts, rows_ND))
         ends = np.cumsum([len(pieces[index][expert]) for expert, index in order])
         given = dict(zip(order, np.split(out_ND, ends[:-1]), strict=True))
-        return [np.concatenate([given[expert, index] for expert in call.experts]) for index, call in enumerate(calls)]
+        return [  # one by one: rows that do not fit the dtype of their call may not widen those of another
+            wire.narrow(np.concatenate([given[expert, index] for expert in call.experts]), call.rows_ND.dtype)
+            for index, call in enumerate(calls)
+        ]
 
     def _apply(self, layer: int, call: Rows) -> Array:
         x_ND = self._stage.tensor(call.rows_ND).to(self._dtype)
-        out_ND = self._groups[layer](call.experts, call.counts, x_ND)
-        return wire.narrow(to_numpy(out_ND), call.rows_ND.dtype)
+        return to_numpy(self._groups[layer](call.experts, call.counts, x_ND))

@@ -70,11 +70,13 @@ class LinkChannel:
         self.ended.set()
 
     async def open(self, timeout_s: float) -> None:
-        """Connects and hears who is at the other end.
+        """Connects and hears who is at the other end; a connection that has calls under way is kept.
 
         Raises:
             Unavailable: Nobody answers, or not in time.
         """
+        if self._pending and not self.ended.is_set():
+            return  # one call that failed is no reason to end the others
         await self.close()
         self._introduced = asyncio.get_running_loop().create_future()
         self._opened += 1

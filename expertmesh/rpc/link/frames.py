@@ -23,5 +23,8 @@ class Connection(Protocol):
     def send(self, head: Any, message: bytes) -> None:
         """Sends a frame; never waits."""
 
+    def finish(self) -> None:
+        """Sends no more; the other side reads what has been sent, and then ends the connection."""
+
     def close(self) -> None:
         """Ends the connection."""

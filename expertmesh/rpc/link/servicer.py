@@ -55,6 +55,7 @@ class LinkServicer:
         self._max_message_bytes = max_message_bytes
         self._path2handler: dict[str, grpc.RpcMethodHandler] = {}
         self._links: set[_Calls] = set()
+        self._one_ended = asyncio.Event()
         self._draining = False
         self.description = DescribeResponse()
 
@@ -89,15 +90,26 @@ class LinkServicer:
         for calls in list(self._links):
             calls.settle()
 
+    async def ended(self, grace_s: float) -> None:
+        """Waits until every link has ended, which takes a `drain`; what is under way after the grace is cut off."""
+        try:
+            async with asyncio.timeout(grace_s):
+                while self._links:
+                    self._one_ended.clear()
+                    await self._one_ended.wait()
+        except TimeoutError:
+            for calls in list(self._links):
+                calls.cut_off()
+
     async def Link(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
         """One link over a stream."""
         calls = _Calls(self._path2handler, self._answer)
-        stream = StreamConnection(context, calls.take, calls.end)
+        stream = StreamConnection(context, calls.take, calls.end, self._max_message_bytes)
         self._begin(calls, stream)
         try:
             await stream.run()
         finally:
-            self._links.discard(calls)
+            self._forget(calls)
 
     def _accept(self) -> socket.SocketConnection:
         """One link over a socket."""
@@ -107,10 +119,11 @@ class LinkServicer:
             self._begin(calls, connection)
 
         def end() -> None:
-            self._links.discard(calls)
+            self._forget(calls)
             calls.end()
 
-        connection = socket.SocketConnection(LinkRequest, calls.take, end, self._max_message_bytes, begin)
+        most_bytes = self._max_message_bytes
+        connection = socket.SocketConnection(LinkRequest, calls.take, end, most_bytes, begin, holds_back=True)
         return connection
 
     def _begin(self, calls: _Calls, connection: Connection) -> None:
@@ -119,6 +132,10 @@ class LinkServicer:
         connection.send(LinkResponse(), self.description.SerializeToString())
         if self._draining:
             calls.settle()
+
+    def _forget(self, calls: _Calls) -> None:
+        self._links.discard(calls)
+        self._one_ended.set()
 
     async def _answer(self, request: LinkRequest, message: Any) -> bytes | Failure:
         request_id.take_over(request.request_id)
@@ -169,13 +186,21 @@ class _Calls:
                 read = parsed(message, handler.request_deserializer)
             except InvalidInput as error:
                 read = error
-            self._under_way[request.call] = asyncio.create_task(self._serve(request, read))
+            task = asyncio.create_task(self._serve(request, read))
+            self._under_way[request.call] = task
+            task.add_done_callback(lambda _: self._served(request.call))  # one cancelled before it began has no finally
 
     def settle(self) -> None:
         """Ends the link as soon as no call is under way."""
         self._settling = True
         if not self._under_way and self.connection is not None:
+            self.connection.finish()
+
+    def cut_off(self) -> None:
+        """Ends the link and what is under way on it."""
+        if self.connection is not None:
             self.connection.close()
+        self.end()
 
     def end(self) -> None:
         """Cancels what is under way, since nobody is there to hear of it."""
@@ -186,10 +211,14 @@ class _Calls:
     async def _serve(self, request: LinkRequest, message: Any) -> None:
         try:
             self._send(request.call, await self._answer(request, message))
-        finally:
-            self._under_way.pop(request.call, None)
-            if self._settling:
-                self.settle()
+        except asyncio.CancelledError:
+            self._send(request.call, _refusal(grpc.StatusCode.CANCELLED, "it was cancelled"))
+            raise
+
+    def _served(self, call: int) -> None:
+        del self._under_way[call]
+        if self._settling:
+            self.settle()
 
     def _send(self, call: int, outcome: bytes | Failure) -> None:
         if self.connection is None:

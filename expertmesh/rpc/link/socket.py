@@ -33,6 +33,8 @@ class SocketConnection(asyncio.BufferedProtocol):
         on_end: Is told once that the connection has ended.
         max_message_bytes: Largest message that is taken; whoever sends a larger one is cut off.
         on_open: Is told that frames can be sent.
+        holds_back: Whether it does not read on while the other side leaves more than a largest message unread. One
+            end may do so; two would wait for each other.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class SocketConnection(asyncio.BufferedProtocol):
         on_end: OnEnd,
         max_message_bytes: int,
         on_open: Callable[[], None] = lambda: None,
+        holds_back: bool = False,
     ) -> None:
+        self._holds_back = holds_back
         self._on_open = on_open
         self._parse, self._on_frame, self._on_end = heads.FromString, on_frame, on_end
         self._most_bytes = max_message_bytes
@@ -50,11 +54,12 @@ class SocketConnection(asyncio.BufferedProtocol):
         self._view = memoryview(self._buffer)
         self._filled = 0
         self._transport: asyncio.Transport | None = None
+        self._finished = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As asyncio has it."""
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=2**26)
+        self._transport.set_write_buffer_limits(high=self._most_bytes)
         own: socket.socket = transport.get_extra_info("socket")
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             own.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
@@ -64,6 +69,16 @@ class SocketConnection(asyncio.BufferedProtocol):
         """As asyncio has it."""
         self._transport = None
         self._on_end()
+
+    def pause_writing(self) -> None:
+        """As asyncio has it."""
+        if self._holds_back and self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """As asyncio has it."""
+        if self._holds_back and self._transport is not None:
+            self._transport.resume_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes go."""
@@ -95,9 +110,15 @@ class SocketConnection(asyncio.BufferedProtocol):
 
     def send(self, head: Any, message: bytes) -> None:
         """Sends a frame; one that nobody is there to receive is dropped."""
-        if self._transport is not None:
+        if self._transport is not None and not self._finished:
             data: bytes = head.SerializeToString()
             self._transport.write(b"".join((_LENGTHS.pack(len(data), len(message)), data, message)))
+
+    def finish(self) -> None:
+        """Sends no more; were the socket closed, a peer that writes to it would lose what it has not read yet."""
+        if self._transport is not None and not self._finished:
+            self._finished = True
+            self._transport.write_eof()
 
     def close(self) -> None:
         """Ends the connection, what has been sent being delivered first."""

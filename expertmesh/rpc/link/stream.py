@@ -11,6 +11,8 @@ import grpc.aio
 
 from expertmesh.rpc.link.frames import OnEnd, OnFrame
 
+_HEAD_BYTES = 512  # about what a frame takes that has no message
+
 
 class StreamConnection:
     """One end of a stream.
@@ -19,12 +21,15 @@ class StreamConnection:
         stream: A call, or the context of one; it is read and written from here only.
         on_frame: Is given every frame.
         on_end: Is told once that the stream has ended.
+        most_unsent_bytes: It does not read on while the other side leaves more than this unread; None: it does. One
+            end may hold back; two would wait for each other.
     """
 
-    def __init__(self, stream: Any, on_frame: OnFrame, on_end: OnEnd) -> None:
+    def __init__(self, stream: Any, on_frame: OnFrame, on_end: OnEnd, most_unsent_bytes: int | None = None) -> None:
         self._stream, self._on_frame, self._on_end = stream, on_frame, on_end
         self._outgoing: deque[Any] = deque()
-        self._wake = asyncio.Event()
+        self._most_unsent_bytes, self._unsent_bytes = most_unsent_bytes, 0
+        self._wake, self._sent = asyncio.Event(), asyncio.Event()
         self._closing = False
 
     async def run(self) -> None:
@@ -42,7 +47,12 @@ class StreamConnection:
         """Sends a frame; never waits."""
         head.message = message
         self._outgoing.append(head)
+        self._unsent_bytes += _HEAD_BYTES + len(message)
         self._wake.set()
+
+    def finish(self) -> None:
+        """Ends the stream, which gRPC does in good order."""
+        self.close()
 
     def close(self) -> None:
         """Ends the stream."""
@@ -53,12 +63,18 @@ class StreamConnection:
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it has ended; whoever waits is told by on_end
             while (head := await self._stream.read()) is not grpc.aio.EOF and head is not None:
                 self._on_frame(head, head.message)
+                while self._most_unsent_bytes is not None and self._unsent_bytes > self._most_unsent_bytes:
+                    self._sent.clear()
+                    await self._sent.wait()
 
     async def _write(self) -> None:
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while self._outgoing or not self._closing:
                 while self._outgoing:
-                    await self._stream.write(self._outgoing.popleft())
+                    head = self._outgoing.popleft()
+                    await self._stream.write(head)
+                    self._unsent_bytes -= _HEAD_BYTES + len(head.message)
+                    self._sent.set()
                 self._wake.clear()
                 if not self._closing:
                     await self._wake.wait()
