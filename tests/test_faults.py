@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 
 from expertmesh.client import Client
 from expertmesh.errors import Unavailable
+from expertmesh.rpc.replica import ATTEMPT_TIMEOUT_S
 from expertmesh.serving.inference import route_name
 from expertmesh.v1.inference_pb2 import CONTRACT_MESH_ONLY, ROUTE_FULL_MODEL, ClassifyResponse
 from tests.up import Up, run, wait_until
@@ -145,3 +149,21 @@ def test_a_stage_of_another_spec_is_refused_although_its_parts_are_the_same(mode
         ended = run("classify", "--address", up.grpc, "--json", "Striker scores")
         assert json.loads(ended.stdout)["route"] == "full-model"
         up.end_replacements()
+
+
+async def test_a_neighbour_that_hangs_holds_its_calls_no_longer_than_keepalive_takes(
+    model: Path, headlines: list[str]
+) -> None:
+    with Up(model, "--replicas", "expert-3=2", "--no-restart") as up:
+        async with Client(up.grpc) as client:
+            await client.classify(headlines)
+            pid = up.pid("expert-3.0")
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                started_s = time.monotonic()
+                replies = [await client.classify(headlines[:9], contract=CONTRACT_MESH_ONLY) for _ in range(3)]
+                took_s = time.monotonic() - started_s
+            finally:
+                os.kill(pid, signal.SIGCONT)
+    assert [len(reply.results) for reply in replies] == [9] * 3  # one at least has asked the one that hangs
+    assert took_s < ATTEMPT_TIMEOUT_S - 1  # keepalive finds it after 6 s

@@ -241,14 +241,14 @@ class Replica:
 
     async def _until_left(self) -> None:
         """Waits until it is taken out of the traffic or its connection is gone."""
-        waits: list[asyncio.Task[Any]] = [
-            asyncio.create_task(self._left.wait()),
-            asyncio.create_task(self.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)),
-        ]
+        connection = asyncio.create_task(self.channel.wait_for_state_change(grpc.ChannelConnectivity.READY))
+        waits: list[asyncio.Task[Any]] = [asyncio.create_task(self._left.wait()), connection]
         if self.links:
             waits.append(asyncio.create_task(self._link.ended.wait()))
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if connection.done():  # it is gone, or hangs and keepalive has found out: a socket would not tell
+                await self._link.close()
         finally:
             for wait in waits:
                 wait.cancel()
