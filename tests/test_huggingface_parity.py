@@ -16,6 +16,7 @@ from expertmesh.checkpoint.load import StageLoader
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.dispatch import Gate, Gated, StageCall
 from expertmesh.model.full import FullModel
+from expertmesh.model.layers import Joint
 from expertmesh.model.spec import ModelSpec
 from tests import families
 
@@ -114,7 +115,7 @@ def test_a_switch_that_is_wrong_is_seen_in_the_logits(case: int) -> None:
 def test_experts_with_gate_and_up_swapped_are_seen(name: str) -> None:
     model = StageLoader(families.model(name), torch.device("cpu")).full_model()
     expert: Any = model.experts[model.spec.sparse_layers[0]][0]
-    expert.gate, expert.up = expert.up, expert.gate
+    expert.gate_and_up = Joint(expert.up, expert.gate)
     assert difference(model, name) > 10 * TOLERANCE
 
 

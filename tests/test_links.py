@@ -384,3 +384,16 @@ async def test_only_its_user_may_connect() -> None:
     async with listening(str(path), lambda: None):  # type: ignore[arg-type,return-value]
         assert path.stat().st_mode & 0o777 == 0o600
     assert not path.exists()
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+async def test_a_method_may_end_its_call_by_itself(carrier: str) -> None:
+    async def aborts(request: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "not now")
+
+    async with linked(carrier) as ends:
+        ends.servicer._path2handler["/expertmesh.v1.EmbeddingService/Embed"] = grpc.unary_unary_rpc_method_handler(
+            aborts, EmbedRequest.FromString, EmbedResponse.SerializeToString
+        )
+        with pytest.raises(Overloaded, match="not now"):
+            await ends.ask()

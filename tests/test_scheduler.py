@@ -60,7 +60,7 @@ async def test_tokens_are_those_of_each_alone_however_they_share_steps() -> None
 async def test_a_long_prompt_does_not_stall_those_that_run_and_a_new_one_joins_the_next_step() -> None:
     home = Keeper()
     home.pause()
-    async with scheduling(home, limits=StepLimits(rows=10)) as scheduler:
+    async with scheduling(home, limits=StepLimits(rows=10, micro_batches=1)) as scheduler:
         running = asyncio.create_task(drawn(scheduler, wish(3, 40)))
         await begun(home)
         await turns(home, 2)

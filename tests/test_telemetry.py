@@ -22,6 +22,8 @@ NAMES = {
     "expertmesh_request_seconds": "histogram",
     "expertmesh_queue_seconds": "histogram",
     "expertmesh_compute_seconds": "histogram",
+    "expertmesh_busy_seconds": "counter",
+    "expertmesh_busy_share": "gauge",
     "expertmesh_tokens": "counter",
     "expertmesh_expert_tokens": "counter",
     "expertmesh_texts": "counter",

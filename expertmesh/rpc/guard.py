@@ -35,6 +35,18 @@ class Failure:
     details: bytes = b""
 
 
+class Aborted(Exception):
+    """A method ended its call by itself, as `context.abort` does.
+
+    Args:
+        failure: How.
+    """
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.text)
+        self.failure = failure
+
+
 class Guard:
     """Runs the calls of one program.
 
@@ -82,6 +94,8 @@ class Guard:
 
 def failure_of(method: str, error: Exception) -> Failure:
     """The status of an exception; what does not belong on the wire gets an id in place of its text."""
+    if isinstance(error, Aborted):
+        return error.failure
     if isinstance(error, TimeoutError):
         error = DeadlineExceeded("the deadline has passed")
     if isinstance(error, MeshError) and (code := code_of(error)) is not grpc.StatusCode.INTERNAL:

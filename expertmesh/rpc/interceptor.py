@@ -62,7 +62,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _stream(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         async def guarded(data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             started_s = time.monotonic()
-            code = grpc.StatusCode.OK
+            code: grpc.StatusCode | None = grpc.StatusCode.OK
             request_id.enter(context.invocation_metadata() or ())
             try:
                 if self._guard.origin:
@@ -78,11 +78,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 code = context.code() or grpc.StatusCode.UNKNOWN
                 raise
             except Exception as error:
-                failure = failure_of(method, error)
-                code = failure.code
+                failure, code = failure_of(method, error), None
+                self._guard.count(method, failure.code, started_s)  # before the caller can know of it
                 await _abort(context, failure)
             finally:
-                self._guard.count(method, code, started_s)
+                if code is not None:
+                    self._guard.count(method, code, started_s)
 
         return grpc.unary_stream_rpc_method_handler(guarded, None, handler.response_serializer)
 

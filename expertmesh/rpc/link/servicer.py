@@ -6,14 +6,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
 from expertmesh.errors import InvalidInput, Overloaded
 from expertmesh.rpc import request_id
-from expertmesh.rpc.guard import Failure, Guard
+from expertmesh.rpc.errors import DETAILS_KEY
+from expertmesh.rpc.guard import Aborted, Failure, Guard
 from expertmesh.rpc.interceptor import parsed
 from expertmesh.rpc.link import socket
 from expertmesh.rpc.link.channel import FRAME_BYTES
@@ -38,6 +39,12 @@ class LinkContext:
     def time_remaining(self) -> float:
         """Seconds that the caller still waits."""
         return max(0.0, self._ends_s - time.monotonic())
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
+        """Ends the call with a status; of the metadata only the status' details travel."""
+        raise Aborted(
+            Failure(code, details, next((value for key, value in trailing_metadata if key == DETAILS_KEY), b""))
+        )
 
 
 class LinkServicer:
