@@ -19,6 +19,7 @@ from expertmesh.model import invariant
 from expertmesh.model.fingerprint import take_profile
 from expertmesh.model.layers import RMSNorm
 from expertmesh.model.spec import AttentionSpec, EmbeddingSpec, ExpertSpec, HeadSpec, ModelSpec, RotarySpec, RouterSpec
+from expertmesh.serving.passes import are_exact
 from tests.decoders import CPU, LATENT, PLAIN, SPECS, frequencies
 
 CLASSIFIER = ModelSpec(
@@ -174,3 +175,12 @@ def test_a_large_models_fingerprint_is_quickly_taken(kind: str) -> None:
     started_s = process_time()
     taken(spec)
     assert process_time() - started_s < 1.0  # a tenth of a second where nothing else runs
+
+
+def test_a_processor_on_which_products_are_uneven_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = CLASSIFIER
+    assert are_exact({take_profile(spec, CPU).name})
+    monkeypatch.setattr(invariant, "linear", lambda x, weight, bias=None: x @ weight.t() + 1e-7 * len(x))
+    name = take_profile(spec, CPU).name
+    assert name.startswith("uneven-cpu-")
+    assert not are_exact({name})

@@ -73,8 +73,8 @@ class _Operations:
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self.spec = spec
         self.dtype = DTYPES[spec.dtype]
-        # numbers in [-1, 1] that are exact in float32
-        self._numbers = ((torch.arange(_PERIOD, device=device) * 7919 % _PERIOD - 1019) / 1024.0).repeat(2)
+        # in [-1, 1], of full mantissas: products of short ones add up without rounding, and then no order can be told
+        self._numbers = ((torch.arange(_PERIOD, device=device) * 7919 % _PERIOD - 1019) / 1021.0).repeat(2)
 
     def rows_keep_their_bits(self) -> bool:
         """Whether rows of the stages' products are the same in any company; on an unknown processor they may not be."""
