@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from expertmesh.errors import InvalidInput, Overloaded
 from expertmesh.rpc import request_id
@@ -245,5 +246,5 @@ def _parse_or_none(data: bytes) -> LinkRequest | None:
     """A frame; None, which ends the stream, for one that is damaged: gRPC would tell its peer the exception's text."""
     try:
         return LinkRequest.FromString(data)
-    except ValueError:
+    except DecodeError:
         return None
