@@ -56,6 +56,7 @@ class Keeper:
 
     def __init__(self, room: int = 100) -> None:
         self.is_live = True
+        self.is_leaving = False
         self.room = room
         self.cached: dict[bytes, tuple[int, list[int]]] = {}
         self.steps: list[list[Work]] = []
