@@ -117,12 +117,13 @@ class Members:
 
     async def _let_go(self, replica: Replica) -> None:
         """Waits until nobody needs a replica that leaves, and forgets it."""
-        give_up_s = asyncio.get_running_loop().time() + LEAVE_TIMEOUT_S
-        while asyncio.get_running_loop().time() < give_up_s:
-            is_last = self._address2member and not any(one.state is State.LIVE for one in self.replicas)
-            if not replica.answers or not (replica.is_needed or is_last):
-                break
-            await asyncio.sleep(LOOK_EVERY_S)
+        left_s = LEAVE_TIMEOUT_S
+        while replica.answers and left_s > 0:
+            if not self._address2member or any(one.state is State.LIVE for one in self.replicas):
+                if not replica.is_needed:
+                    break
+                left_s -= LOOK_EVERY_S
+            await asyncio.sleep(LOOK_EVERY_S)  # as long as nobody is live in its place it is better than none
         del self._leaves[replica]  # from here on it does not come back
         self.replicas = [one for one in self.replicas if one is not replica]
         follow = self._follows.pop(replica, None)
