@@ -37,11 +37,13 @@ class SmallMesh:
         address: Of its gateway.
         client: Of that.
         programs: What runs, by kind.
+        file: Its mesh file.
     """
 
     address: str
     client: Client
     programs: dict[str, Program]
+    file: Path
 
     @property
     def free_blocks(self) -> tuple[int, int]:
@@ -75,28 +77,31 @@ async def small_mesh(
         services = []
         for kind in KINDS if full_model else KINDS[:-1]:
             own = ["--experts=*:*"] if kind == "expert" else []
-            program = programs[kind] = _load(kind, f"--model={folder}", size, *own)
+            program = programs[kind] = load_program(kind, f"--model={folder}", size, *own)
             if wraps and kind in wraps:
                 first = program.servicers[0]
                 program.servicers[0] = replace(first, implementation=wraps[kind](first.implementation))
             address = f"unix:{sockets}/{kind}.sock"
-            await stack.enter_async_context(_served(program, address, max_message_bytes))
+            await stack.enter_async_context(serving_program(program, address, max_message_bytes))
             services.append(Service(kind, kind, (address,), ("*:*",) if kind == "expert" else ()))
             if wraps and kind in wraps:
                 program.servicers[0] = first
         MeshFile(str(folder), tuple(services)).write(sockets / "mesh.toml")
         options = [f"--{name.replace('_', '-')}={value}" for name, value in gateway.items()]
-        program = programs["gateway"] = _load("gateway", f"--mesh={sockets / 'mesh.toml'}", "--http=", size, *options)
+        program = programs["gateway"] = load_program(
+            "gateway", f"--mesh={sockets / 'mesh.toml'}", "--http=", size, *options
+        )
         address = f"unix:{sockets}/gateway.sock"
-        await stack.enter_async_context(_served(program, address, 64 * 2**20))
+        await stack.enter_async_context(serving_program(program, address, 64 * 2**20))
         client = await stack.enter_async_context(Client(address))
         async with asyncio.timeout(30):
             while not program.is_ready():
                 await asyncio.sleep(0.01)
-        yield SmallMesh(address, client, programs)
+        yield SmallMesh(address, client, programs, sockets / "mesh.toml")
 
 
-def _load(kind: str, *arguments: str) -> Program:
+def load_program(kind: str, *arguments: str) -> Program:
+    """Loads what a process of its own would."""
     module = importlib.import_module(f"services.{kind}.__main__")
     settings = typing.get_type_hints(module.load)["settings"]
     program: Program = module.load(read_settings(settings, kind, arguments, {}), OFF)
@@ -104,7 +109,10 @@ def _load(kind: str, *arguments: str) -> Program:
 
 
 @asynccontextmanager
-async def _served(program: Program, address: str, max_message_bytes: int) -> AsyncIterator[None]:
+async def serving_program(
+    program: Program, address: str, max_message_bytes: int = 64 * 2**20
+) -> AsyncIterator[LinkServicer]:
+    """Serves a program at an address; gives what announces that it drains."""
     guard = Guard()
     options = (*SERVER_OPTIONS, *message_limits(max_message_bytes))
     server = grpc.aio.server(interceptors=[CallInterceptor(guard)], options=options)
@@ -118,4 +126,4 @@ async def _served(program: Program, address: str, max_message_bytes: int) -> Asy
         await server.start()
         stack.push_async_callback(server.stop, None)
         stack.callback(link.drain)
-        yield
+        yield link

@@ -23,7 +23,7 @@ from expertmesh.serving.generation import Generation
 from expertmesh.serving.home import HomeLost
 from expertmesh.serving.lane import MAX_REBUILDS
 from expertmesh.serving.passes import Provenance
-from expertmesh.serving.scheduler import StepLimits
+from expertmesh.serving.scheduler import Scheduler, StepLimits
 from expertmesh.serving.steps import Work
 from expertmesh.v1.inference_pb2 import ROUTE_MESH
 from expertmesh.v1.sampling_pb2 import TokenLogprobs
@@ -94,6 +94,65 @@ async def test_a_home_that_dies_hands_its_sequences_to_another_with_the_very_tok
                 home.turns.release()
         assert await asyncio.gather(*tasks) == [followers(one) for one in wishes]
     assert lives.cached == {}
+
+
+async def test_a_home_that_leaves_hands_its_sequences_over_and_they_have_the_very_tokens() -> None:
+    leaves, stays = Keeper(), Keeper()
+    for home in (leaves, stays):
+        home.pause()
+    wishes = [wish(number, 12) for number in range(1, 9)]
+    async with scheduling(leaves, stays) as scheduler:
+        tasks = [asyncio.create_task(drawn(scheduler, one)) for one in wishes]
+        for home in (leaves, stays):
+            await begun(home)
+            await turns(home, 4)
+        assert len(leaves.cached) == 4
+        leaves.is_leaving, leaves.is_live = True, False
+        scheduler.wake()
+        steps = len(leaves.steps)
+        for home in (leaves, stays):
+            for _ in range(200):
+                home.turns.release()
+        assert await asyncio.gather(*tasks) == [followers(one) for one in wishes]
+        assert len(leaves.steps) == steps  # what was under way has ended, and nothing more was asked of it
+    assert leaves.cached == stays.cached == {}
+
+
+async def test_a_home_that_leaves_keeps_those_for_which_there_is_no_room_elsewhere() -> None:
+    leaves, stays = Keeper(), Keeper()
+    limits = StepLimits(sequences=2)
+    for home in (leaves, stays):
+        home.pause()
+    wishes = [wish(number, 12) for number in range(1, 5)]
+    async with scheduling(leaves, stays, limits=limits) as scheduler:
+        tasks = [asyncio.create_task(drawn(scheduler, one)) for one in wishes]
+        for home in (leaves, stays):
+            await begun(home)
+        leaves.is_leaving, leaves.is_live = True, False
+        scheduler.wake()
+        for _ in range(200):
+            leaves.turns.release()
+        async with asyncio.timeout(5):
+            while leaves.cached:  # they have ended there
+                await asyncio.sleep(0)
+        for _ in range(200):
+            stays.turns.release()
+        assert await asyncio.gather(*tasks) == [followers(one) for one in wishes]
+
+
+async def test_a_lane_whose_home_has_left_is_over() -> None:
+    homes = [Keeper(), Keeper()]
+    before = asyncio.all_tasks()
+    scheduler = Scheduler(lambda: tuple(homes), StepLimits(), lambda: Unavailable("no home is live", "gating"))
+    assert await drawn(scheduler, wish(3)) == followers(wish(3))
+    lanes = len(asyncio.all_tasks() - before)
+    homes.pop().is_live = False
+    scheduler.wake()
+    async with asyncio.timeout(5):
+        while len(asyncio.all_tasks() - before) == lanes:
+            await asyncio.sleep(0)
+    assert await drawn(scheduler, wish(4)) == followers(wish(4))
+    scheduler.close()
 
 
 async def test_a_home_that_forgets_everything_starts_its_sequences_anew() -> None:

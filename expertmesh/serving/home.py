@@ -22,6 +22,10 @@ class Home(Protocol):
     def is_live(self) -> bool:
         """Whether it takes sequences."""
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether its sequences are better off at another home, which there is; they may go on here meanwhile."""
+
     async def open(self, generation: Generation) -> None:
         """Reserves room; for what is open already it says that it is still wanted.
 

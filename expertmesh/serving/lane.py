@@ -60,6 +60,7 @@ class Lane:
         self._limits = limits
         self._most = min(limits.sequences, limits.rows * (limits.micro_batches or MOST_LEVEL))
         self._running: list[Generation] = []
+        self._opening: Generation | None = None
         self._busy: set[Generation] = set()  # those in a step that is under way, or to be computed apart
         self._apart: deque[list[Work]] = deque()  # among each there is one of which nothing finite comes
         self._under_way: dict[_StepTask, _Step] = {}
@@ -77,6 +78,11 @@ class Lane:
     def load(self) -> int:
         """Sequences that run here."""
         return len(self._running)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no sequence runs here, or is about to."""
+        return not self._running and self._opening is None
 
     @property
     def has_room(self) -> bool:
@@ -103,6 +109,7 @@ class Lane:
             try:
                 await self._collect()
                 self._release([one for one in self._running if one.left and one not in self._busy])
+                self._move()
                 self._start()
                 await self._admit()
                 await self._keep()
@@ -118,7 +125,7 @@ class Lane:
 
     async def _admit(self) -> None:
         while self.has_room:
-            generation = self._scheduler.take(self)
+            generation = self._opening = self._scheduler.take(self)
             if generation is None:
                 return
             try:
@@ -140,9 +147,21 @@ class Lane:
                 generation.stepped = 0
                 self._running.append(generation)
                 self._fits = max(self._fits, self.load)
+            finally:
+                self._opening = None
             if self._steps_ended():  # those that run already do not wait until everybody has come in
                 await self._collect()
                 self._start()
+
+    def _move(self) -> None:
+        """Hands sequences of a home that leaves to others that have room for them, where they are computed anew."""
+        if not self.home.is_leaving:
+            return
+        room = self._scheduler.room_elsewhere(self)
+        moving = [one for one in self._running if one not in self._busy and not one.left][:room]
+        if moving:
+            self._release(moving)
+            self._again(moving)
 
     def _wait_for_room(self) -> None:
         """Nothing is opened until something was released here; another program may have, so look again anyway."""

@@ -96,6 +96,11 @@ class Scheduler:
             other.wake()
         return None if emptier else self._waiting.popleft()
 
+    def room_elsewhere(self, lane: Lane) -> int:
+        """How many sequences of a lane others probably have room for, beside those that wait."""
+        room = sum(other.room for other in self._lanes.values() if other is not lane)
+        return max(0, room - len(self._waiting))
+
     def ended(self, generation: Generation) -> None:
         """A generation has all its tokens."""
         self._durations.observe(generation)
@@ -107,7 +112,11 @@ class Scheduler:
 
     def wake(self) -> None:
         """Looks again who waits and which homes are live; for whoever knows that something has changed."""
-        live = [home for home in self._homes() if home.is_live]
+        homes = self._homes()
+        live = [home for home in homes if home.is_live]
+        known = {id(home) for home in homes}
+        for key in [key for key, lane in self._lanes.items() if key not in known and lane.is_empty]:
+            self._lanes.pop(key).close()  # its home has left
         for home in live:
             if id(home) not in self._lanes:
                 self._lanes[id(home)] = Lane(home, self, self._limits)

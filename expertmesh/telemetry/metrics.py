@@ -100,6 +100,12 @@ class Work:
             del self._second2busy_s[second]
 
 
+def forget_service(service: str) -> None:
+    """Removes what was told of a service that has left the mesh."""
+    for metric in (REPLICA_EVENTS, REPLICAS_LIVE):
+        metric.remove_by_labels({"service": service})
+
+
 def exposition() -> bytes:
     """The current values in Prometheus' text format."""
     return generate_latest(REGISTRY)

@@ -47,6 +47,7 @@ class LocalHome:
     """
 
     is_live = True
+    is_leaving = False
 
     def __init__(self, stage: Stage, leases: Leases) -> None:
         self._stage = stage

@@ -25,6 +25,7 @@ from expertmesh.wire import ROW_DTYPES
 
 from .language import RoutedTokenizing, RoutedTokens
 from .mesh import Mesh
+from .mesh_watch import MeshWatch
 from .open_inference import OpenInferenceServicer
 from .routes import RoutedClassifier
 from .web.application import application, serve
@@ -52,6 +53,7 @@ class GatewaySettings(Settings):
         " gating has a device of its own",
         "auto",
     )
+    resolve_s: float = setting("seconds after which DNS names in the mesh file are looked up again", 2.0)
     settle_s: float = setting("after a start, seconds to wait for replicas that are not there yet", 10.0)
 
     def __post_init__(self) -> None:
@@ -67,6 +69,7 @@ class GatewaySettings(Settings):
         known = ", ".join(ROW_DTYPES)
         check(self.wire_dtype in ("", *ROW_DTYPES), f"wire_dtype {self.wire_dtype!r} is not one of {known}")
         check(self.shared_apart in ("auto", "on", "off"), f"shared_apart {self.shared_apart!r} is not auto, on or off")
+        check(0.1 <= self.resolve_s <= 3600, "resolve_s must be in [0.1, 3600]")
         check(0 <= self.settle_s <= 3600, "settle_s must be in [0, 3600]")
 
 
@@ -82,7 +85,9 @@ def load(settings: GatewaySettings, tracing: Tracing) -> Program:
         settings.settle_s,
         settings.wire_dtype,
         settings.shared_apart,
+        settings.resolve_s,
     )
+    watch = MeshWatch(settings.mesh, mesh_file, mesh)
     offer = (_language if manifest.spec.generates else _classifier)(settings, mesh)
     app = application(
         offer.inference,
@@ -98,6 +103,7 @@ def load(settings: GatewaySettings, tracing: Tracing) -> Program:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(mesh)
             stack.callback(offer.close)
+            await stack.enter_async_context(watch.watching())
             if settings.http:
                 address = await stack.enter_async_context(serve(app, settings.http))
                 event("http_ready", address=address)

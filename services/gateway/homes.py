@@ -20,7 +20,7 @@ from expertmesh.errors import (
     WrongPart,
 )
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.replica import Replica, State
+from expertmesh.rpc.replica import Replica
 from expertmesh.serving.generation import Generation
 from expertmesh.serving.home import HomeLost
 from expertmesh.serving.inspection import Observer, chunks
@@ -52,11 +52,18 @@ class GatingHome:
         self._mesh = mesh
         self._replica = replica
         self._owed: set[bytes] = set()  # sequences that it may hold though nobody wants them
+        self._held: set[bytes] = set()
 
     @property
     def is_live(self) -> bool:
         """Whether it takes sequences."""
-        return self._replica.state is State.LIVE and not self._mesh.draining
+        return self._replica in self._mesh.gating.live
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether its sequences are better off elsewhere: it drains or left the mesh, and there is another home."""
+        live = self._mesh.gating.live
+        return bool(live) and self._replica not in live
 
     async def open(self, generation: Generation) -> None:
         """Reserves room for a sequence.
@@ -148,6 +155,7 @@ class GatingHome:
         if self._owed:
             await self._release([])
         request = OpenRequest(sequence=sequence, epoch=epoch, tokens=tokens)
+        self._let_go([sequence])  # until it is certain; the call itself keeps the replica meanwhile
         try:
             await self._mesh.gating.call("Open", request, Deadline.after(CALL_TIMEOUT_S), _taken, at=self._replica)
         except LOSSES as error:
@@ -158,15 +166,41 @@ class GatingHome:
             late = f"it did not open a sequence within {CALL_TIMEOUT_S:.0f} s"
             self._replica.lose(late)
             raise HomeLost(late) from None
+        self._held.add(sequence)
+        self._replica.sequences = len(self._held)
 
     async def _release(self, sequences: Sequence[bytes]) -> None:
         """What it cannot be told now, it is told before something is opened; and by itself it forgets in a while."""
         self._owed.update(sequences)
+        self._let_go(sequences)
         told = list(self._owed)[-MOST_RELEASED:]
         request = ReleaseRequest(sequences=told)
         with suppress(MeshError):
             await self._mesh.gating.call("Release", request, Deadline.after(CALL_TIMEOUT_S), _taken, at=self._replica)
             self._owed.difference_update(told)
+
+    def _let_go(self, sequences: Sequence[bytes]) -> None:
+        self._held.difference_update(sequences)
+        self._replica.sequences = len(self._held)
+
+
+class Homes:
+    """The homes there are: one for every gating replica, as these come and go.
+
+    Args:
+        mesh: The services.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._replica2home: dict[Replica, GatingHome] = {}
+
+    def all(self) -> list[GatingHome]:
+        """The homes of just now; that of a replica stays the same as long as there is the replica."""
+        known, replicas = self._replica2home, self._mesh.gating.replicas
+        if list(known) != replicas:
+            self._replica2home = {one: known.get(one) or GatingHome(self._mesh, one) for one in replicas}
+        return list(self._replica2home.values())
 
 
 def _taken(reply: Any, origin: Any) -> None:

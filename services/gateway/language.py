@@ -41,7 +41,7 @@ from expertmesh.v1.tokenizer_pb2 import (
     EncodePromptResponse,
 )
 
-from .homes import GatingHome
+from .homes import Homes
 from .mesh import Mesh
 from .stage_calls import check_token
 
@@ -58,9 +58,9 @@ class RoutedTokens:
 
     def __init__(self, mesh: Mesh, limits: StepLimits) -> None:
         self._mesh = mesh
-        self._homes = [GatingHome(mesh, replica) for replica in mesh.gating.replicas]
+        self._homes = Homes(mesh)
         limits = replace(limits, rows=min(limits.rows, mesh.step_rows))
-        self._scheduler = Scheduler(lambda: self._homes, limits, mesh.gating.unavailable)
+        self._scheduler = Scheduler(self._homes.all, limits, lambda: mesh.gating.unavailable())
         mesh.on_change = self._scheduler.wake
 
     async def tokens(self, wish: Wish, contract: Contract, route: Route) -> AsyncGenerator[Token, None]:
@@ -97,7 +97,7 @@ class RoutedTokens:
         if request.route == ROUTE_FULL_MODEL:
             full_model = self._mesh.require_full_model()
             return await full_model.call("Inspect", request, deadline, lambda reply, _: reply)
-        home = next((home for home in self._homes if home.is_live), None)
+        home = next((home for home in self._homes.all() if home.is_live), None)
         if home is None:
             raise self._mesh.gating.unavailable()
         trace = Trace()
@@ -111,7 +111,7 @@ class RoutedTokens:
 
     async def _by_full_model(self, wish: Wish, known: list[int], witnesses: Witnesses) -> AsyncGenerator[Token, None]:
         full_model = self._mesh.require_full_model()
-        tries = sum(replica.attempts for replica in full_model.replicas)
+        tries = len(full_model.replicas)
 
         def read(reply: GenerateResponse) -> list[Token]:
             return self._read(reply, wish)

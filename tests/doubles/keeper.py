@@ -56,6 +56,7 @@ class Keeper:
 
     def __init__(self, room: int = 100) -> None:
         self.is_live = True
+        self.is_leaving = False  # it does not take sequences, and goes on with those it has
         self.room = room
         self.cached: dict[bytes, tuple[int, list[int]]] = {}
         self.steps: list[list[Work]] = []
@@ -100,7 +101,7 @@ class Keeper:
             raise self.fails.pop(0)
         if any(POISON in piece.ids for piece in work):
             raise NotFinite("rows holds values that are not finite")
-        if not self.is_live:
+        if not self.is_live and not self.is_leaving:
             raise HomeLost("gone")
         drawn = []
         for piece in work:
