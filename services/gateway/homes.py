@@ -31,8 +31,9 @@ from expertmesh.v1.gating_pb2 import OpenRequest, Place, ReleaseRequest
 from expertmesh.v1.inference_pb2 import ROUTE_MESH
 from expertmesh.v1.sampling_pb2 import TokenLogprobs
 
+from .expert_calls import Rows
 from .mesh import Mesh
-from .stage_calls import Rows, StageCalls
+from .stage_calls import StageCalls
 
 CALL_TIMEOUT_S = 5.0
 STEP_TIMEOUT_S = 60.0
