@@ -21,7 +21,7 @@ from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
 from expertmesh.v1.gating_pb2 import GateRequest, GateResponse, Place, ShareRequest, ShareResponse
 from expertmesh.v1.sampling_pb2 import TokenLogprob, TokenLogprobs
 
-from .expert_calls import ExpertCalls, Rows, all_of
+from .expert_calls import Absence, ExpertCalls, Rows, all_of
 from .mesh import Mesh
 
 MOST_LOGPROB = 1e-3  # rounding may lift a certain token a little above 0
@@ -36,6 +36,7 @@ class StageCalls:
         places: Where the rows of each sequence belong in the KV cache, for a model that has one.
         home: The gating replica that has them.
         shared_apart: Whether shared experts run while the routed ones do, where there are some.
+        absence: What is done about experts that cannot be had.
 
     Attributes:
         stopwatch: Where the time went.
@@ -49,6 +50,7 @@ class StageCalls:
         places: Sequence[Place] = (),
         home: Replica | None = None,
         shared_apart: bool = False,
+        absence: Absence = Absence.FAILS,
     ) -> None:
         self._shared_apart = shared_apart and mesh.manifest.spec.dense.shared_width > 0
         self._mesh = mesh
@@ -58,7 +60,7 @@ class StageCalls:
         self._home = home
         self.stopwatch = Stopwatch()
         self.profiles: set[str] = set()
-        self._experts = ExpertCalls(mesh, deadline, self._note)
+        self._experts = ExpertCalls(mesh, deadline, self._note, absence)
 
     @property
     def is_exact(self) -> bool:
