@@ -21,8 +21,8 @@ from expertmesh.errors import (
 from expertmesh.serving import lane as module
 from expertmesh.serving.generation import Generation
 from expertmesh.serving.home import HomeLost
-from expertmesh.serving.lane import MAX_REBUILDS
 from expertmesh.serving.passes import Provenance
+from expertmesh.serving.rebuilds import MAX_REBUILDS
 from expertmesh.serving.scheduler import Scheduler, StepLimits
 from expertmesh.serving.steps import Work
 from expertmesh.v1.inference_pb2 import ROUTE_MESH
@@ -260,7 +260,7 @@ def test_whatever_is_lost_whenever_the_tokens_are_the_same(
     needs: list[tuple[int, int]], rows: int, room: int, losses: list[int], micro_batches: int, turns: list[int]
 ) -> None:
     class Forgetful(Keeper):
-        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
             for _ in range(turns[len(self.steps) % len(turns)]):
                 await asyncio.sleep(0)
             if len(self.steps) in losses:
@@ -307,10 +307,10 @@ async def test_whoever_waits_for_room_hears_that_the_home_is_gone() -> None:
 
 async def test_a_token_is_exact_only_if_all_that_it_depends_on_was_computed_alike() -> None:
     class Mixed(Keeper):
-        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
             drawn, _ = await super().step(work)
             profile = "cpu-fp32 A" if len(self.steps) != 2 else "cpu-fp32 B"
-            return drawn, Provenance(ROUTE_MESH, True, profile)
+            return drawn, [Provenance(ROUTE_MESH, True, profile)] * len(work)
 
     async with scheduling(Mixed()) as scheduler, aclosing(scheduler.generate(wish(3, 4))) as tokens:
         provenances = [token.provenance async for token in tokens]
@@ -321,9 +321,9 @@ async def test_a_token_is_exact_only_if_all_that_it_depends_on_was_computed_alik
 
 async def test_chunks_of_a_prompt_count_as_well() -> None:
     class Mixed(Keeper):
-        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
             drawn, _ = await super().step(work)
-            return drawn, Provenance(ROUTE_MESH, True, f"cpu-fp32 {min(len(self.steps), 2)}")
+            return drawn, [Provenance(ROUTE_MESH, True, f"cpu-fp32 {min(len(self.steps), 2)}")] * len(work)
 
     limits = StepLimits(rows=4)
     async with scheduling(Mixed(), limits=limits) as scheduler, aclosing(scheduler.generate(wish(6, 2))) as tokens:

@@ -205,7 +205,7 @@ class ReplicaSet:
             answer = await replica.attempt(method, request, deadline.next_hop_s(), read)
         except (NotFinite, NonFiniteInput) as error:
             suspects.append(replica)
-            raise NotFinite(f"{self.name}: {error}") from None
+            raise NotFinite(f"{self.name}: {error}", self.name, suspects) from None
         except Unavailable as error:
             replica.lose(str(error))
             raise
@@ -226,7 +226,7 @@ class ReplicaSet:
 
     def _wrong(self, replica: Replica, error: Exception) -> CorruptReply:
         replica.refuse(str(error))
-        return CorruptReply(f"{self.name} gave a reply that cannot be right: {error}")
+        return CorruptReply(f"{self.name} gave a reply that cannot be right: {error}", self.name)
 
     def _pick(self, tried: Counter[str], at: Replica | None = None) -> Replica | None:
         if at is not None:

@@ -38,8 +38,8 @@ class Home(Protocol):
     async def release(self, generations: Sequence[Generation]) -> None:
         """Frees sequences; never raises."""
 
-    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
-        """Computes rows and draws tokens, one for each work that draws, in their order; says how.
+    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
+        """Computes rows and draws tokens, one for each work that draws, in their order; says how, for each work.
 
         Raises:
             HomeLost: What was cached here is lost.

@@ -30,11 +30,10 @@ from expertmesh.v1.sampling_pb2 import TokenLogprobs
 if TYPE_CHECKING:
     from expertmesh.serving.scheduler import Scheduler, StepLimits
 
-MAX_REBUILDS = 8
 RETRY_OPEN_S = 0.05
 KEEP_EVERY_S = 2.0  # a home forgets what it does not hear of
 
-_StepTask = asyncio.Task[tuple[list[TokenLogprobs], Provenance]]
+_StepTask = asyncio.Task[tuple[list[TokenLogprobs], Sequence[Provenance]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +234,7 @@ class Lane:
         while ended := self._steps_ended():
             step = self._over(ended[0])
             try:
-                drawn, provenance = ended[0].result()
+                drawn, provenances = ended[0].result()
             except NotFinite as error:
                 self._overlap.ended(step.started, 0)
                 self._divide(step.work, error)
@@ -250,7 +249,7 @@ class Lane:
                 self._fail([piece.generation for piece in step.work], error)
             else:
                 self._overlap.ended(step.started, sum(piece.rows for piece in step.work))
-                self._take_in(step.work, drawn, provenance)
+                self._take_in(step.work, drawn, provenances)
 
     def _over(self, task: _StepTask) -> _Step:
         metrics.UNDER_WAY.labels("step").dec()
@@ -258,10 +257,10 @@ class Lane:
         self._busy.difference_update(piece.generation for piece in step.work)
         return step
 
-    def _take_in(self, work: Sequence[Work], drawn: Sequence[TokenLogprobs], provenance: Provenance) -> None:
+    def _take_in(self, work: Sequence[Work], drawn: Sequence[TokenLogprobs], provenances: Sequence[Provenance]) -> None:
         tokens = iter(drawn)
         ended = []
-        for piece in work:
+        for piece, provenance in zip(work, provenances, strict=True):
             piece.generation.cached += piece.rows
             piece.generation.witnesses.add(provenance)
             if piece.draws and piece.generation.add(next(tokens), provenance.route):
@@ -311,14 +310,9 @@ class Lane:
         self._again(lost)
 
     def _again(self, generations: Sequence[Generation]) -> None:
-        again = []
         for generation in generations:
             generation.restart()
-            if generation.rebuilds > MAX_REBUILDS:
-                generation.fail(Unavailable("its KV cache was lost again and again", "gating"))
-            elif not generation.left:
-                again.append(generation)
-        self._scheduler.give_back(again)
+        self._scheduler.rebuild([one for one in generations if not one.left])
 
     def _fail(self, generations: Sequence[Generation], error: MeshError) -> None:
         for generation in generations:

@@ -33,9 +33,14 @@ PASS_TEXTS = Histogram("expertmesh_pass_texts", "Texts that shared a pass.", buc
 TASKS = Gauge("expertmesh_tasks", "Tasks of the event loop, looked at twice a second.")
 KV_BLOCKS = Gauge("expertmesh_kv_blocks", "Blocks of the KV cache: total and used.", ["state"])
 KV_SEQUENCES = Gauge("expertmesh_kv_sequences", "Sequences that hold blocks of the KV cache.")
-GENERATIONS = Gauge("expertmesh_generations", "Sequences that generate, by whether they wait or run.", ["state"])
+GENERATIONS = Gauge(
+    "expertmesh_generations",
+    "Sequences that generate, by whether they wait, run, or wait to be computed anew.",
+    ["state"],
+)
 GENERATED_TOKENS = Counter("expertmesh_generated_tokens", "Tokens generated, by the route that served them.", ["route"])
 REBUILDS = Counter("expertmesh_rebuilds", "Sequences computed anew, since what was cached of them was lost.")
+REBUILT_ROWS = Counter("expertmesh_rebuilt_rows", "Token rows of sequences computed anew.")
 FIRST_TOKEN_SECONDS = Histogram(
     "expertmesh_first_token_seconds",
     "From a request's arrival to its first token, by the route that served it.",

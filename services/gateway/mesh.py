@@ -18,7 +18,7 @@ from typing import Self
 from expertmesh import wire
 from expertmesh.checkpoint import manifest as names
 from expertmesh.checkpoint.manifest import Manifest
-from expertmesh.errors import Unavailable
+from expertmesh.errors import CorruptReply, Unavailable
 from expertmesh.mesh_file import MeshFile
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.link.channel import LinkChannel
@@ -165,11 +165,24 @@ class Mesh:
         Raises:
             Unavailable: Names the first that has none.
         """
+        self.require_stages()
+        for layer, expert in self._pair2services:
+            self.holder(layer, expert)
+
+    def require_stages(self) -> None:
+        """Checks that every stage has a live replica; experts do not count.
+
+        Raises:
+            Unavailable: Names the first that has none.
+        """
         for stage in (self.tokenizer, self.embedding, self.gating, self.classifier):
             if not stage.live:
                 raise stage.unavailable()
-        for layer, expert in self._pair2services:
-            self.holder(layer, expert)
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether the mesh route can serve those who can do without some experts."""
+        return all(stage.live for stage in (self.tokenizer, self.embedding, self.gating, self.classifier))
 
     @property
     def is_complete(self) -> bool:
@@ -290,6 +303,6 @@ class Mesh:
             metrics.REPLICAS_LIVE.labels(replicas.name).set(sum(one.state is State.LIVE for one in replicas.replicas))
 
 
-def expert_unavailable(error: Unavailable, layer: int, expert: int) -> Unavailable:
-    """An expert service's unavailability, named by layer and expert."""
+def expert_unavailable(error: Unavailable | CorruptReply, layer: int, expert: int) -> Unavailable:
+    """An expert service's unavailability, or its wrong reply, named by layer and expert."""
     return Unavailable(f"expert {expert} of layer {layer}: {error}", error.stage, layer, expert)

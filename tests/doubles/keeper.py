@@ -84,7 +84,7 @@ class Keeper:
         for generation in generations:
             self.cached.pop(generation.id, None)
 
-    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
         self.steps.append(list(work))
         others = {piece.generation for step in self.at_work for piece in step}
         assert others.isdisjoint(piece.generation for piece in work), "a sequence is in two steps"
@@ -111,7 +111,7 @@ class Keeper:
             ids += piece.ids
             if piece.draws:
                 drawn.append(TokenLogprobs(id=follower(ids)))
-        return drawn, MESH
+        return drawn, [MESH] * len(work)
 
     def pause(self) -> None:
         self.turns = asyncio.Semaphore(0)
