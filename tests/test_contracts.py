@@ -23,10 +23,11 @@ from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
 from tests import tiny
 from tests.doubles.tampering import Tampering
-from tests.generating import answer_of, answers_of, asked, ids
+from tests.generating import answer_of, answers_of, asked, completed, ids
 from tests.small_mesh import SmallMesh, small_mesh
 
-PATIENCE_S = 30
+PATIENCE_S = 60
+AT_ONCE_S = 3  # on a busy machine
 EACH_OF_4 = tuple(f"*:{expert}" for expert in range(4))
 TEXTS = ["oil", "water on a planet", *tiny.SENTENCES, "match", "b", "g", "m"]  # the last three want no expert 0
 DEAD = 0
@@ -140,7 +141,7 @@ async def test_without_an_expert_and_a_full_model_the_error_names_the_expert_at_
             request = pb.ClassifyRequest(texts=TEXTS, contract=contract)
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await InferenceServiceStub(channel).Classify(request, timeout=20)
-        assert time.monotonic() - started_s < 1
+        assert time.monotonic() - started_s < AT_ONCE_S
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
         info = error_info(refused.value)
         assert (info["stage"], info["expert"], info["layer"] in "01") == ("expert-1", "1", True)
@@ -172,7 +173,7 @@ async def test_the_full_model_comes_before_an_answer_without_an_expert() -> None
 
 # Streams.
 
-PROMPTS = [asked(3, 60), asked(40, 60, temperature=1.2, seed=4), asked(130, 50, temperature=1.1, seed=6, n=2)]
+PROMPTS = [asked(3, 24), asked(40, 24, temperature=1.2, seed=4), asked(130, 24, temperature=1.1, seed=6, n=2)]
 GROUPS = ("*:0,*:1,*:2", "*:3", "*:4,*:5,*:6,*:7")
 
 
@@ -188,7 +189,7 @@ class Slow(Tampering):
 
     def __init__(self, honest: Any) -> None:
         async def wait(reply: Any, context: Any) -> Any:
-            await asyncio.sleep(0.003)
+            await asyncio.sleep(0.002)
             return reply
 
         super().__init__(honest, "Apply", wait)
@@ -204,21 +205,21 @@ async def met(mesh: SmallMesh, contract: pb.Contract, happens: Any) -> list[Any]
                 given[number].append(message)
 
     tasks = [asyncio.create_task(read(number)) for number in range(len(PROMPTS))]
-    while not all(len(one) >= 8 for one in given):
+    while not all(len(one) >= 6 for one in given):
         await asyncio.sleep(0.001)
         assert not any(task.done() for task in tasks)
     started_s = time.monotonic()
     await happens()
     ends = await asyncio.gather(*tasks, return_exceptions=True)
     if all(isinstance(end, Exception) for end in ends):
-        assert time.monotonic() - started_s < 1
+        assert time.monotonic() - started_s < AT_ONCE_S
     return [end or one for end, one in zip(ends, given, strict=True)]
 
 
 async def test_streams_go_on_without_a_dead_expert_and_say_so_from_there_on() -> None:
     wraps = {"expert": Slow}
     async with small_mesh(full_model=False, experts=GROUPS, wraps=wraps) as mesh, asyncio.timeout(PATIENCE_S):
-        whole = [answers_of(await mesh.client.complete(request)) for request in PROMPTS]
+        whole = await completed(mesh.client, PROMPTS)
         streams = await met(mesh, pb.CONTRACT_DEGRADED_OK, mesh.switches["expert-1"].off)
         for request, messages, before in zip(PROMPTS, streams, whole, strict=True):
             assert isinstance(messages, list), messages
@@ -227,20 +228,21 @@ async def test_streams_go_on_without_a_dead_expert_and_say_so_from_there_on() ->
                 assert len(mine) == request.max_tokens
                 degraded = [message.route == pb.ROUTE_DEGRADED for message in mine]
                 first = degraded.index(True)
-                assert first >= 8 - 1 or request.n
+                assert first > 0
                 assert degraded == [False] * first + [True] * (len(mine) - first)
                 assert all(message.exact != flag for message, flag in zip(mine, degraded, strict=True))
                 assert {expert for message in mine[first:] for _, expert in missing_of(message)} == {3}
                 assert not any(message.missing_experts for message in mine[:first])
-                assert answer_of(mine[:first]).tokens == before[choice].tokens[:first]
-                if choice == 0 and not request.n:  # what another that goes on from there would be given
-                    known = [token.id for message in mine[:first] for token in message.tokens]
+                drawn = [token.id for message in mine for token in message.tokens]
+                assert tuple(drawn[:first]) == before[choice].tokens[:first]
+                if not request.n:  # what another that goes on from there is given
+                    known = drawn[:first]
                     resumed = pb.GenerateRequest()
                     resumed.CopyFrom(under(pb.CONTRACT_DEGRADED_OK, request))
                     resumed.ids.ids.extend(known)
                     resumed.max_tokens -= len(known)
                     reply = await mesh.client.complete(resumed)
-                    assert answers_of(reply)[0].tokens == answer_of(mine[first:]).tokens
+                    assert answers_of(reply)[0].tokens == tuple(drawn[first:])
                     assert reply.choices[0].route == pb.ROUTE_DEGRADED
                     assert not reply.choices[0].exact
                     assert {expert for _, expert in missing_of(reply.choices[0])} == {3}
@@ -255,7 +257,7 @@ async def test_streams_go_on_without_a_dead_expert_and_say_so_from_there_on() ->
         async with asyncio.timeout(5):
             while not await is_whole():
                 await asyncio.sleep(0.01)
-        assert [answers_of(await mesh.client.complete(request)) for request in PROMPTS] == whole
+        assert await completed(mesh.client, PROMPTS) == whole
         free, blocks = mesh.free_blocks
         async with asyncio.timeout(5):
             while free != blocks:
@@ -275,7 +277,7 @@ async def test_streams_that_may_not_do_without_end_at_once(contract: pb.Contract
 async def test_a_stream_goes_back_to_the_mesh_where_the_full_model_ends_under_it() -> None:
     wraps = {"expert": Slow}
     async with small_mesh(experts=GROUPS, wraps=wraps) as mesh, asyncio.timeout(PATIENCE_S):
-        whole = [answers_of(await mesh.client.complete(request)) for request in PROMPTS]
+        whole = await completed(mesh.client, PROMPTS)
         switches = mesh.switches
 
         async def happens() -> None:
@@ -338,7 +340,7 @@ async def test_a_broken_expert_is_left_out_where_no_full_model_can_tell() -> Non
 
 async def test_a_stream_goes_on_at_the_full_model_where_an_expert_breaks() -> None:
     async with small_mesh(experts=GROUPS) as mesh:
-        whole = [answers_of(await mesh.client.complete(request)) for request in PROMPTS]
+        whole = await completed(mesh.client, PROMPTS)
     broken = []
 
     def wrap(honest: Any) -> Broken:

@@ -234,7 +234,7 @@ class Lane:
         while ended := self._steps_ended():
             step = self._over(ended[0])
             try:
-                drawn, provenances = ended[0].result()
+                drawn, hows = ended[0].result()
             except NotFinite as error:
                 self._overlap.ended(step.started, 0)
                 self._divide(step.work, error)
@@ -249,7 +249,7 @@ class Lane:
                 self._fail([piece.generation for piece in step.work], error)
             else:
                 self._overlap.ended(step.started, sum(piece.rows for piece in step.work))
-                self._take_in(step.work, drawn, provenances)
+                self._take_in(step.work, drawn, hows)
 
     def _over(self, task: _StepTask) -> _Step:
         metrics.UNDER_WAY.labels("step").dec()
@@ -257,10 +257,10 @@ class Lane:
         self._busy.difference_update(piece.generation for piece in step.work)
         return step
 
-    def _take_in(self, work: Sequence[Work], drawn: Sequence[TokenLogprobs], provenances: Sequence[Provenance]) -> None:
+    def _take_in(self, work: Sequence[Work], drawn: Sequence[TokenLogprobs], hows: Sequence[Provenance]) -> None:
         tokens = iter(drawn)
         ended = []
-        for piece, provenance in zip(work, provenances, strict=True):
+        for piece, provenance in zip(work, hows, strict=True):
             piece.generation.cached += piece.rows
             piece.generation.witnesses.add(provenance)
             if piece.draws and piece.generation.add(next(tokens), provenance.route):

@@ -58,6 +58,7 @@ class Scheduler:
         self._rebuilds = Rebuilds(limits.rebuilds, self.wake)
         self._lanes: dict[int, Lane] = {}
         self._durations = Durations()
+        self._counted: dict[str, int] = {}
 
     async def generate(self, wish: Wish, known: Sequence[int] = ()) -> AsyncGenerator[Token, None]:
         """The tokens of one sequence as they come; closing the iterator frees whatever it holds.
@@ -95,6 +96,7 @@ class Scheduler:
     def close(self) -> None:
         """Ends every lane, when the program ends."""
         self._rebuilds.close()
+        self._count(dict.fromkeys(self._counted, 0))
         for lane in self._lanes.values():
             lane.close()
 
@@ -169,7 +171,12 @@ class Scheduler:
         return True
 
     def tell(self) -> None:
-        """Brings the metrics up to date."""
-        metrics.GENERATIONS.labels("rebuilding").set(len(self._rebuilds))
-        metrics.GENERATIONS.labels("waiting").set(len(self._waiting))
-        metrics.GENERATIONS.labels("running").set(sum(lane.load for lane in self._lanes.values()))
+        """Brings the metrics up to date, to which other schedulers of the process add theirs."""
+        running = sum(lane.load for lane in self._lanes.values())
+        self._count({"running": running, "waiting": len(self._waiting), "rebuilding": len(self._rebuilds)})
+
+    def _count(self, state2count: dict[str, int]) -> None:
+        for state, count in state2count.items():
+            if more := count - self._counted.get(state, 0):
+                metrics.GENERATIONS.labels(state).inc(more)
+        self._counted = state2count

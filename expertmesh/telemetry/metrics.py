@@ -27,7 +27,7 @@ TOKENS = Counter("expertmesh_tokens", "Token rows computed.", ["stage"])
 EXPERT_TOKENS = Counter("expertmesh_expert_tokens", "Token rows computed by an expert.", ["layer", "expert"])
 TEXTS = Counter("expertmesh_texts", "Texts answered, by the route that served them.", ["route"])
 FALLBACKS = Counter(
-    "expertmesh_fallbacks", "Calls that left the mesh route, by the stage that did not answer.", ["stage"]
+    "expertmesh_fallbacks", "Calls that went on by another route, by the stage that did not answer.", ["stage"]
 )
 PASS_TEXTS = Histogram("expertmesh_pass_texts", "Texts that shared a pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 TASKS = Gauge("expertmesh_tasks", "Tasks of the event loop, looked at twice a second.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -224,9 +224,8 @@ class RoutedTokenizing:
         try:
             return await self._mesh.tokenizer.call(method, request, deadline, read)
         except FAILURES as error:
-            if not self._mesh.has_full_model:
-                raise told(error) from None
-        try:
-            return await self._mesh.require_full_model().call(method, request, deadline, read)
-        except CorruptReply as error:
-            raise told(error) from None
+            failed = told(error)
+        if self._mesh.has_full_model:
+            with suppress(*FAILURES):
+                return await self._mesh.require_full_model().call(method, request, deadline, read)
+        raise failed
