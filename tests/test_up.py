@@ -80,7 +80,7 @@ def test_a_port_in_use_is_one_clear_error(model: Path, tmp_path: Path) -> None:
         (["--replicas", "expert-9=2"], "no service 'expert-9'"),
         (["--replicas", "expert=0"], "1 to 64 replicas"),
         (["--replicas", "expert"], "not NAME=VALUE"),
-        (["--replicas", "gateway=2"], "one gateway"),
+        (["--replicas", "gateway=65"], "1 to 64 replicas"),
         (["--expert-services", "9"], "cannot be spread over 9"),
         (["--grpc", "nowhere"], "is not HOST:PORT"),
         (["--device", "gateway=cpu"], "gateway computes nothing"),
