@@ -17,6 +17,10 @@ Model = Annotated[Path, typer.Argument(help="Folder of the split model.")]
 RunDir = Annotated[
     Path, typer.Option("--run-dir", help="Folder for sockets, logs and state.", default_factory=default_folder)
 ]
+Address = Annotated[
+    str,
+    typer.Option("--address", help="gRPC address of a gateway, or several with commas; by default what `up` runs."),
+]
 ExpertServices = Annotated[
     int,
     typer.Option(
