@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,4 +130,6 @@ async def ask(folder: Path, request: dict[str, Any]) -> AsyncGenerator[str, None
         pass
     finally:
         writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
     raise SetupError(f"the mesh in {folder} ended meanwhile")
