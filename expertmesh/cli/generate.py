@@ -79,7 +79,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer, at the end.")] = False,
     route: Annotated[str, typer.Option(help="mesh (the full model if the mesh cannot) or full-model.")] = "mesh",
     contract: Annotated[str, typer.Option(help="exact, mesh-only or degraded-ok.")] = "exact",
-    address: Annotated[str, typer.Option(help="gRPC address of a gateway; by default the mesh that `up` runs.")] = "",
+    address: placement.Address = "",
     model: Annotated[Path | None, typer.Option(help="Model to start when no mesh runs.")] = None,
 ) -> None:
     """Prints what the model writes after the prompt, while it writes it, and one line about it on stderr."""
