@@ -86,14 +86,13 @@ def changed_by_steps(
 
 @pytest.mark.parametrize("name", SPECS)
 def test_every_spec_gives_the_same_bits_whole_in_chunks_and_token_by_token(name: str) -> None:
-    lengths = [1, 66, 131, 300, 7]
-    model = full_model(name)
-    assert changed_by_steps(model, lengths, chunks=[1, 5, 64, 70, 128, 300], seed=1, threads=2) == 0
-    assert changed_by_steps(model, lengths, chunks=[9, 33, 129], seed=2) == 0
-    sequences = texts(lengths)
-    together = model.logits(torch.cat(sequences), torch.tensor(lengths)).split(lengths)
+    model, sequences = full_model(name), texts(lengths := [1, 66, 131, 300, 7])
     alone = [whole_logits(model, ids_T) for ids_T in sequences]
-    assert sum(map(differing_rows, together, alone)) == 0
+    in_any_chunks = in_steps(model, sequences, [1, 5, 64, 70, 128, 300], seed=1, threads=2)
+    in_odd_chunks = in_steps(model, sequences, [9, 33, 129], seed=2)
+    together = model.logits(torch.cat(sequences), torch.tensor(lengths)).split(lengths)
+    for got in (in_any_chunks, in_odd_chunks, together):
+        assert sum(map(differing_rows, got, alone)) == 0
 
 
 @pytest.mark.parametrize("name", ["grouped", "alternating windows", "sinks", "latent", "grouped in bfloat16"])
@@ -212,7 +211,7 @@ def test_a_rows_logits_depend_on_all_before_it_and_on_nothing_behind_it() -> Non
 @pytest.mark.parametrize("window", [1, 2, 5, 64, 127, 128, 129, 200])
 def test_a_window_ends_where_it_should(window: int) -> None:
     attention = replace(PLAIN.attention, windows=(window,))
-    model = random_model(replace(PLAIN, layers=1, attention=attention))
+    model = arrange(random_model(replace(PLAIN, layers=1, attention=attention)))
     (ids_T,) = texts([300])
     before = whole_logits(model, ids_T)
     for place in (0, 1, 100, 127, 128, 170):
