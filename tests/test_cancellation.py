@@ -27,6 +27,7 @@ SPARE_FILES = 4
 SPARE_BYTES = 24 * 2**20
 SPARE_TASKS = 2  # that may be answering those who look
 TASKS = "expertmesh_tasks"
+TASKS_EVERY_S = 0.5  # processes count theirs
 REST_LOOKS = 60  # in which tasks stay what they are
 ROUTES = (pb.ROUTE_MESH, pb.ROUTE_FULL_MODEL)
 
@@ -62,7 +63,7 @@ async def tasks_at_rest(up: Up) -> dict[str, float]:
         of_each = list(zip(*seen[-REST_LOOKS:], strict=True))
         return len(seen) >= REST_LOOKS and all(min(of) > 0 and max(of) - min(of) <= SPARE_TASKS for of in of_each)
 
-    await until(rests)
+    await until(rests, timeout_s=120)
     return dict(zip(names, map(min, zip(*seen[-REST_LOOKS:], strict=True)), strict=True))
 
 
@@ -104,6 +105,7 @@ class Baseline:
 
     async def restored(self) -> None:
         await until(self._is_idle)
+        await asyncio.sleep(2 * TASKS_EVERY_S)  # what is told of tasks may be that old, from before the test
         await until(self._has_no_more_tasks)
         await until(self._has_closed)
         for name, before in self._bytes.items():
