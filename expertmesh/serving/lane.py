@@ -134,7 +134,7 @@ class Lane:
                 self._wait_for_room()
                 return
             except HomeLost:
-                self._again([generation])
+                self._scheduler.rebuild([generation])
                 return
             except MeshError as error:
                 generation.fail(error)
@@ -289,7 +289,7 @@ class Lane:
                 return
             except MeshError:  # it was forgotten, and others have its room
                 self._running.remove(generation)
-                self._again([generation])
+                self._scheduler.rebuild([generation])
 
     async def _stop_steps(self) -> None:
         """Nobody waits for what is under way any more."""
@@ -307,12 +307,7 @@ class Lane:
         await self._stop_steps()
         lost, self._running = self._running, []
         await self.home.release(lost)
-        self._again(lost)
-
-    def _again(self, generations: Sequence[Generation]) -> None:
-        for generation in generations:
-            generation.restart()
-        self._scheduler.rebuild([one for one in generations if not one.left])
+        self._scheduler.rebuild(lost)
 
     def _fail(self, generations: Sequence[Generation], error: MeshError) -> None:
         for generation in generations:
