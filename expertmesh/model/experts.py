@@ -16,7 +16,7 @@ from expertmesh.model.graphs import Graphs, padded
 from expertmesh.model.invariant import packed_rows
 from expertmesh.model.layers import GatedMLP
 
-JOINED_ROWS = 64  # most rows for which copying them together costs less than calls for each expert
+JOINED_ELEMENTS = 2**16  # most elements between the products for which a copy costs less than calls for each expert
 
 
 class ExpertGroup:
@@ -47,7 +47,7 @@ class ExpertGroup:
             first = self._experts[ids[0]]
             if len(ids) == 1:
                 return first(rows_ND)  # type: ignore[no-any-return]
-            if first.gate_and_up.is_packed and len(rows_ND) <= JOINED_ROWS:
+            if first.gate_and_up.is_packed and len(rows_ND) * first.gate.out_features <= JOINED_ELEMENTS:
                 return self._joined(ids, counts, rows_ND)
             pieces = torch.split(rows_ND, list(counts))
             return torch.cat([self._experts[expert](piece) for expert, piece in zip(ids, pieces, strict=True)])
@@ -76,10 +76,11 @@ class ExpertGroup:
             for first, rows, count in zip(firsts, padded_counts, counts, strict=True)
         ]
         experts = [self._experts[expert] for expert in ids]
-        pieces = rows_ND.index_select(0, torch.from_numpy(np.concatenate(places))).split(padded_counts)
+        padded_PD = rows_ND.index_select(0, torch.from_numpy(np.concatenate(places)))
+        pieces = torch.split(padded_PD, padded_counts)
         both = [expert.gate_and_up.product(piece) for expert, piece in zip(experts, pieces, strict=True)]
         inner_PF = experts[0].inner(*experts[0].gate_and_up.split(torch.cat(both)))
-        pieces = inner_PF.split(padded_counts)
+        pieces = torch.split(inner_PF, padded_counts)
         given = [expert.down(piece)[:count] for expert, piece, count in zip(experts, pieces, counts, strict=True)]
         return torch.cat(given)
 

@@ -163,9 +163,9 @@ def bidirectional_attention(q_NHLd: Tensor, k_NHLd: Tensor, v_NHLd: Tensor, leng
     """
     n, heads, length, width = q_NHLd.shape
     flat = (n * heads, length, width)
-    scores = products(q_NHLd.reshape(flat), k_NHLd.reshape(flat).transpose(1, 2)) * width**-0.5
+    scores = products(q_NHLd.reshape(flat), k_NHLd.reshape(flat).transpose(1, 2)).mul_(width**-0.5)
     behind_NL = torch.arange(length, device=lengths_N.device)[None, :] >= lengths_N[:, None]
-    scores = scores.view(n, heads, length, length).masked_fill(behind_NL[:, None, None, :], float("-inf"))
+    scores = scores.view(n, heads, length, length).masked_fill_(behind_NL[:, None, None, :], float("-inf"))
     weights = torch.softmax(scores, dim=-1).view(n * heads, length, length)
     return products(weights.to(v_NHLd.dtype), v_NHLd.reshape(flat)).view(n, heads, length, width)
 

@@ -56,7 +56,11 @@ class Rotation:
         if not width:
             return x_THd.float()
         turned = x_THd[..., :width].float()
-        pairs = turned.unflatten(-1, (-1, 2)).transpose(-1, -2) if self._interleaved else turned.unflatten(-1, (2, -1))
+        pairs = (
+            torch.unflatten(turned, -1, (-1, 2)).transpose(-1, -2)
+            if self._interleaved
+            else torch.unflatten(turned, -1, (2, -1))
+        )
         # the left one times cosine minus the right one times sine, and the right times cosine plus the left times sine
         both = (pairs * self._cos).add_((pairs * self._sines).flip(-2)).flatten(-2)
         return both if width == x_THd.shape[-1] else torch.cat([both, x_THd[..., width:].float()], dim=-1)
