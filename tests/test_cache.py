@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from expertmesh.model import cache as cache_module
 from expertmesh.model import invariant
 from expertmesh.model.cache import BLOCK_TOKENS, TILE_ROWS, CachedSequences, KeyValueCache, Span, blocks_of
 from expertmesh.model.full import FullModel
+from expertmesh.model.invariant import Picked
 from expertmesh.model.layers import arrange
 from expertmesh.serving.leases import ID_BYTES, Leases, Place
 from expertmesh.serving.passes import are_exact
@@ -185,9 +186,9 @@ def test_the_suite_notices_attention_that_depends_on_how_many_blocks_there_are(
 def test_the_suite_notices_a_key_at_a_wrong_place(monkeypatch: pytest.MonkeyPatch) -> None:
     write = KeyValueCache.write
 
-    def late(cache: KeyValueCache, layer: int, block_T: Tensor, slot_T: Tensor, k_TKd: Tensor, v_TKv: Tensor) -> None:
-        write(cache, layer, block_T, slot_T, k_TKd, v_TKv)
-        cache._keys[layer][block_T[-1], :, slot_T[-1]] = 0  # the last row of a step is forgotten
+    def late(cache: KeyValueCache, layer: int, place_R: Tensor, k_TKd: Tensor, v_TKv: Tensor) -> None:
+        write(cache, layer, place_R, k_TKd, v_TKv)
+        cache._keys[layer].view(-1, k_TKd.shape[2])[place_R[-1]] = 0  # the last row of a step is forgotten
 
     monkeypatch.setattr(KeyValueCache, "write", late)
     assert changed_by_steps(full_model("grouped"), [30], chunks=[10]) > 0
@@ -223,13 +224,13 @@ def test_a_window_ends_where_it_should(window: int) -> None:
 
 def test_blocks_behind_a_window_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    original = KeyValueCache.read
+    original = KeyValueCache.view
 
-    def counted(cache: KeyValueCache, layer: int, blocks_NB: Tensor) -> tuple[Tensor, Tensor]:
-        read.append(blocks_NB.shape[1])
-        return original(cache, layer, blocks_NB)
+    def counted(cache: KeyValueCache, layer: int, blocks: Sequence[Sequence[int]]) -> tuple[Picked, Picked]:
+        read.append(len(blocks[0]))
+        return original(cache, layer, blocks)
 
-    monkeypatch.setattr(KeyValueCache, "read", counted)
+    monkeypatch.setattr(KeyValueCache, "view", counted)
     serving = Serving(full_model("alternating windows"), BLOCKS)
     (ids_T,) = texts([300])
     serving.step([(0, ids_T[:299])])
@@ -331,8 +332,10 @@ def test_rows_stand_behind_what_is_cached() -> None:
     sequences = CachedSequences(spans, KeyValueCache(model.spec, 6, CPU), model.rotary, CPU)
     assert sequences.positions_T.tolist() == [3, 4, 127, 128, 129, 0]
     assert sequences.lengths_B.tolist() == [2, 3, 1]
-    assert sequences._block_T.tolist() == [5, 5, 1, 4, 4, 0]
-    assert sequences._slot_T.tolist() == [3, 4, 127, 0, 1, 0]
+    heads = PLAIN.attention.kv_heads
+    places = sequences._place_R[::heads]
+    assert (places // (heads * BLOCK_TOKENS)).tolist() == [5, 5, 1, 4, 4, 0]
+    assert (places % BLOCK_TOKENS).tolist() == [3, 4, 127, 0, 1, 0]
 
 
 def test_tiles_are_short_and_cover_every_row_once() -> None:

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from expertmesh.model.cuda import has_kernels, rows_of_tiles, serves, tiles_of
-from expertmesh.model.experts import ExpertGroup
+from expertmesh.model.experts import JOINED_ELEMENTS, ExpertGroup
 from expertmesh.model.graphs import BUCKETS, Graphs, padded
-from expertmesh.model.layers import GatedMLP
+from expertmesh.model.layers import GatedMLP, arrange
 from expertmesh.model.spec import ExpertSpec
 
 
@@ -17,6 +17,19 @@ def test_a_group_gives_each_row_to_its_expert() -> None:
     with torch.inference_mode():
         got = ExpertGroup(held, Graphs())([1, 6], [4, 5], rows_ND)
         assert torch.equal(got, torch.cat([held[1](rows_ND[:4]), held[6](rows_ND[4:])]))
+
+
+def test_experts_that_are_computed_together_give_the_bits_that_each_gives_alone() -> None:
+    torch.manual_seed(0)
+    for spec in (ExpertSpec(width=40), ExpertSpec(width=24, bias=True, activation="swiglu_clamped", limit=7.0)):
+        held = {expert: arrange(GatedMLP(36, spec).eval()) for expert in range(7)}
+        group = ExpertGroup(held)
+        most = JOINED_ELEMENTS // spec.width
+        with torch.inference_mode():
+            for counts in ([1, 1], [3, 5, 2], [1, 9, 17, 4, 2, 7, 8], [most - 1, 1], [most, 1]):
+                rows_ND = torch.randn(sum(counts), 36)
+                alone = [held[expert](piece) for expert, piece in enumerate(rows_ND.split(counts))]
+                assert torch.equal(group(range(len(counts)), counts, rows_ND), torch.cat(alone))
 
 
 def test_tiles_cover_every_row_once_and_never_two_experts() -> None:

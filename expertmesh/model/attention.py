@@ -28,10 +28,11 @@ class BidirectionalGating(GatingStage):
         attended_TD = torch.empty_like(qkv[:, :width])
         for group in sequences.groups:
             n, length = group.rows_NL.shape
-            q, k, v = qkv[group.rows_NL].view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            padded = qkv.index_select(0, group.rows_NL.flatten())
+            q, k, v = padded.view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
             mixed = invariant.bidirectional_attention(q, k, v, group.lengths_N)
-            flat = mixed.transpose(1, 2).reshape(n, length, width)
-            attended_TD = attended_TD.index_put((group.rows_NL[group.inside_NL],), flat[group.inside_NL])
+            flat = mixed.transpose(1, 2).reshape(n * length, width)
+            attended_TD.index_copy_(0, group.inside_rows, flat.index_select(0, group.inside_places))
         return self.out(attended_TD)  # type: ignore[no-any-return]
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertmesh.model import invariant
+from expertmesh.model import cuda, invariant
 from expertmesh.model.arrays import to_torch
 from expertmesh.model.decoding import fits, token_table
+from expertmesh.model.invariant import Picked
 from expertmesh.model.layers import DTYPES
 from expertmesh.model.rotary import Rotary
 from expertmesh.model.sequences import Pattern, Sequences
@@ -50,11 +51,12 @@ class KeyValueCache:
         heads, key_width, value_width = _shape(spec)
         self.blocks = blocks
         spare = device.type == "cuda"  # one more, behind the others, for rows that only pad a step
+        self.dtype = DTYPES[spec.dtype]
         self._is_latent = spec.attention.kind == "latent"
         self._value_width = value_width
 
         def pool(width: int) -> Tensor:  # zeros, since even what is hidden must be finite
-            return torch.zeros(blocks + spare, heads, BLOCK_TOKENS, width, dtype=DTYPES[spec.dtype], device=device)
+            return torch.zeros(blocks + spare, heads, BLOCK_TOKENS, width, dtype=self.dtype, device=device)
 
         self._keys = [pool(key_width) for _ in range(spec.layers)]
         self._values = [] if self._is_latent else [pool(value_width) for _ in range(spec.layers)]
@@ -75,11 +77,19 @@ class KeyValueCache:
         for stale in self._stale:
             stale.update(blocks)
 
-    def write(self, layer: int, block_T: Tensor, slot_T: Tensor, k_TKd: Tensor, v_TKv: Tensor) -> None:
+    def places(self, block_T: Tensor, slot_T: Tensor) -> Tensor:
+        """Where `write` puts rows: place_R of all their heads, row by row."""
+        heads_K = torch.arange(self._keys[0].shape[1], device=block_T.device)
+        head_TK = block_T[:, None] * len(heads_K) + heads_K
+        return (head_TK * BLOCK_TOKENS + slot_T[:, None]).flatten()
+
+    def write(self, layer: int, place_R: Tensor, k_TKd: Tensor, v_TKv: Tensor) -> None:
         """Puts the rows of a step in their places; the same rows may be put there again."""
         if self._stale[layer]:
-            self.prepare(layer, block_T.tolist())
-        self.put(layer, block_T, slot_T, k_TKd, v_TKv)
+            self.prepare(layer, (place_R // (self._keys[layer].shape[1] * BLOCK_TOKENS)).tolist())
+        _put(self._keys[layer], place_R, k_TKd)
+        if not self._is_latent:
+            _put(self._values[layer], place_R, v_TKv)
 
     def prepare(self, layer: int, blocks: Iterable[int]) -> None:
         """Empties those blocks that are to be emptied before something is put into them."""
@@ -87,7 +97,7 @@ class KeyValueCache:
             self._empty(layer, self._stale[layer].intersection(blocks))
 
     def put(self, layer: int, block_T: Tensor, slot_T: Tensor, k_TKd: Tensor, v_TKv: Tensor) -> None:
-        """Puts rows in their places, in blocks that are prepared."""
+        """Puts rows in their places, in blocks that are prepared; nothing else is needed for it on the host."""
         self._keys[layer][block_T, :, slot_T] = k_TKd.to(self._keys[layer].dtype)
         if not self._is_latent:
             self._values[layer][block_T, :, slot_T] = v_TKv.to(self._values[layer].dtype)
@@ -99,12 +109,23 @@ class KeyValueCache:
         self._stale[layer] -= blocks
 
     def read(self, layer: int, blocks_NB: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [N, B, K, S, d] and values [N, B, K, S, v] of blocks."""
-        keys = _picked(self._keys[layer], blocks_NB)
-        return keys, keys[..., : self._value_width] if self._is_latent else _picked(self._values[layer], blocks_NB)
+        """Keys [N, B, K, S, d] and values [N, B, K, S, v] of blocks, copied."""
+        keys = _copied(self._keys[layer], blocks_NB)
+        return keys, keys[..., : self._value_width] if self._is_latent else _copied(self._values[layer], blocks_NB)
+
+    def view(self, layer: int, blocks: Sequence[Sequence[int]]) -> tuple[Picked, Picked]:
+        """Keys and values of the blocks of some tiles, where they are."""
+        keys = self._keys[layer]
+        values = keys[..., : self._value_width] if self._is_latent else self._values[layer]
+        return Picked(keys, blocks), Picked(values, blocks)
 
 
-def _picked(pool: Tensor, blocks_NB: Tensor) -> Tensor:
+def _put(pool: Tensor, place_R: Tensor, x_TKw: Tensor) -> None:
+    width = pool.shape[-1]
+    pool.view(-1, width).index_copy_(0, place_R, x_TKw.detach().to(pool.dtype).reshape(-1, width))
+
+
+def _copied(pool: Tensor, blocks_NB: Tensor) -> Tensor:
     """Blocks of a pool, copied whole; indexing would copy element by element."""
     return pool.index_select(0, blocks_NB.flatten()).view(*blocks_NB.shape, *pool.shape[1:])
 
@@ -163,6 +184,7 @@ class CachedSequences(Sequences):
         self._device = device
         self._spans = spans
         self._tiles = list(_tiles(spans))
+        self._rows = sum(span.rows for span in spans)
         self._batches: dict[tuple[int, int, int], list[_Batch]] = {}
 
     @cached_property
@@ -172,31 +194,45 @@ class CachedSequences(Sequences):
         return torch.from_numpy(np.concatenate(positions)).to(self._device)
 
     @cached_property
-    def _block_T(self) -> Tensor:
-        return torch.from_numpy(np.concatenate([_blocks_of_rows(span) for span in self._spans])).to(self._device)
-
-    @cached_property
-    def _slot_T(self) -> Tensor:
-        return self.positions_T % BLOCK_TOKENS
+    def _place_R(self) -> Tensor:
+        blocks = np.concatenate([_blocks_of_rows(span) for span in self._spans])
+        return self.cache.places(torch.from_numpy(blocks).to(self._device), self.positions_T % BLOCK_TOKENS)
 
     def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKv: Tensor, pattern: Pattern) -> Tensor:
         """Caches the rows' keys and values, and attends to everything before them and themselves; float32."""
-        self.cache.write(pattern.layer, self._block_T, self._slot_T, k_TKd, v_TKv)
-        _, heads, _ = q_THd.shape
+        self.cache.write(pattern.layer, self._place_R, k_TKd, v_TKv)
+        rows, heads, _ = q_THd.shape
         key_heads = k_TKd.shape[1]
         share = heads // key_heads
-        mixed_THv = q_THd.new_empty(len(q_THd), heads, v_TKv.shape[2], dtype=torch.float32)
+        mixed_THv = None
         for batch in self._batched(pattern.window, key_heads, share):
-            keys, values = self.cache.read(pattern.layer, batch.blocks_NB)
-            n, rows = batch.rows_NP.shape
-            q = q_THd[batch.rows_NP].to(keys.dtype).view(n, rows, key_heads, share, -1)
-            q_NKMd = q.permute(0, 2, 1, 3, 4).reshape(n, key_heads, rows * share, -1)
-            sinks = pattern.sinks_H
-            sinks_KM = None if sinks is None else sinks.view(key_heads, 1, share).expand(-1, rows, -1).flatten(1)
-            mixed = invariant.causal_attention(q_NKMd, keys, values, batch.hidden_NBMS, pattern.scale, sinks_KM)
-            mixed = mixed.view(n, key_heads, rows, share, -1).permute(0, 2, 1, 3, 4).reshape(n, rows, heads, -1)
-            mixed_THv[batch.rows_NP[batch.inside_NP]] = mixed[batch.inside_NP]
+            mixed = self._attended(q_THd, batch, key_heads, pattern)
+            if batch.is_whole_step:
+                return mixed
+            if mixed_THv is None:
+                mixed_THv = q_THd.new_empty(rows, *mixed.shape[1:], dtype=torch.float32)
+            mixed_THv[batch.inside_rows] = mixed[batch.inside_places]
+        assert mixed_THv is not None
         return mixed_THv
+
+    def _attended(self, q_THd: Tensor, batch: _Batch, key_heads: int, pattern: Pattern) -> Tensor:
+        """What the places of a batch attend to, tile after tile: [N*P, H, v]."""
+        n, rows = batch.shape
+        _, heads, width = q_THd.shape
+        share = heads // key_heads
+        q = q_THd if batch.is_whole_step else q_THd[batch.rows]
+        q = q.view(n, rows, key_heads, share, width).permute(0, 2, 1, 3, 4).reshape(n, key_heads, rows * share, width)
+        keys: Tensor | Picked
+        values: Tensor | Picked
+        if cuda.serves(q):
+            keys, values = self.cache.read(pattern.layer, batch.blocks_NB)
+        else:
+            keys, values = self.cache.view(pattern.layer, batch.blocks)
+        sinks = pattern.sinks_H
+        sinks_KM = None if sinks is None else sinks.view(key_heads, 1, share).expand(-1, rows, -1).flatten(1)
+        q_NKMd = q.to(self.cache.dtype)
+        mixed = invariant.causal_attention(q_NKMd, keys, values, batch.hidden_NBMS, pattern.scale, sinks_KM)
+        return mixed.view(n, key_heads, rows, share, -1).permute(0, 2, 1, 3, 4).reshape(n * rows, heads, -1)
 
     def token_table(self, layer: int) -> Tensor | None:
         """What a `decoding.TokenStep` is told of this step, if it can be one; the cache is prepared for it."""
@@ -220,16 +256,29 @@ class CachedSequences(Sequences):
         key = (window, key_heads, share)
         if key not in self._batches:
             self._batches[key] = [
-                _Batch(tiles, rows, window, share, self._device)
+                _Batch(tiles, rows, window, share, self._rows, self._device)
                 for rows, tiles in _batches(self._tiles, window, key_heads, share)
             ]
         return self._batches[key]
 
 
 class _Batch:
-    """Tiles of one padded number of rows P; behind a tile's end its last row is repeated."""
+    """N tiles of at most P rows; behind a tile's end its last row is repeated.
 
-    def __init__(self, tiles: list[_Tile], rows: int, window: int, share: int, device: torch.device) -> None:
+    Args:
+        tiles: The tiles.
+        rows: P on CUDA; elsewhere it is no more than what the longest tile has.
+        window: How many of the latest tokens are seen; 0 for all.
+        share: Query heads of each key head.
+        step_rows: Of the whole step.
+        device: Where the step is computed.
+    """
+
+    def __init__(
+        self, tiles: list[_Tile], rows: int, window: int, share: int, step_rows: int, device: torch.device
+    ) -> None:
+        if device.type != "cuda":
+            rows = max(tile.rows for tile in tiles)
         needed = [tile.needed(window) for tile in tiles]
         most = max(map(len, needed))
         counts_N1 = np.array([tile.rows for tile in tiles])[:, None]
@@ -247,8 +296,15 @@ class _Batch:
         hidden_NBMS = keys_NBS[:, :, None, :] > queries_NM
         if window:
             hidden_NBMS |= keys_NBS[:, :, None, :] <= queries_NM - window
-        self.rows_NP = torch.from_numpy(rows_NP).to(device)
-        self.inside_NP = torch.from_numpy(np.arange(rows)[None, :] < counts_N1).to(device)
+        inside_NP = np.arange(rows)[None, :] < counts_N1
+        self.shape = rows_NP.shape
+        self.is_whole_step = np.array_equal(rows_NP.ravel(), np.arange(step_rows))
+        self.blocks = [
+            tile.span.blocks[ordinals.start : ordinals.stop] for tile, ordinals in zip(tiles, needed, strict=True)
+        ]
+        self.rows = torch.from_numpy(rows_NP.ravel()).to(device)
+        self.inside_rows = torch.from_numpy(rows_NP[inside_NP]).to(device)
+        self.inside_places = torch.from_numpy(np.flatnonzero(inside_NP)).to(device)
         self.blocks_NB = torch.from_numpy(blocks_NB).to(device)
         self.hidden_NBMS = torch.from_numpy(hidden_NBMS).to(device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,10 @@ from expertmesh.model import cuda
 from expertmesh.model.arrays import to_torch
 from expertmesh.model.cuda import Matrices, rows_of_tiles, tiles_of
 from expertmesh.model.graphs import Graphs, padded
+from expertmesh.model.invariant import packed_rows
 from expertmesh.model.layers import GatedMLP
+
+JOINED_ELEMENTS = 2**16  # most elements between the products for which a copy costs less than calls for each expert
 
 
 class ExpertGroup:
@@ -40,8 +44,11 @@ class ExpertGroup:
             rows_ND: The rows, expert by expert.
         """
         if not cuda.serves(rows_ND):
+            first = self._experts[ids[0]]
             if len(ids) == 1:
-                return self._experts[ids[0]](rows_ND)  # type: ignore[no-any-return]
+                return first(rows_ND)  # type: ignore[no-any-return]
+            if first.gate_and_up.is_packed and len(rows_ND) * first.gate.out_features <= JOINED_ELEMENTS:
+                return self._joined(ids, counts, rows_ND)
             pieces = torch.split(rows_ND, list(counts))
             return torch.cat([self._experts[expert](piece) for expert, piece in zip(ids, pieces, strict=True)])
         grouped = self._at_their_place()
@@ -56,6 +63,26 @@ class ExpertGroup:
         most = rows // tile_rows + min(rows, len(self._experts))
         tiles_T3 = to_torch(tiles_of(places, counts, tile_rows, most), rows_ND.device)
         return self._graphs.run(grouped.apply, rows_ND, tiles_T3, fixed=(tile_rows,))[0]
+
+    def _joined(self, ids: Sequence[int], counts: Sequence[int], rows_ND: Tensor) -> Tensor:
+        """Applies packed experts to few rows: what lies between their products is computed for all together.
+
+        Each expert's rows are followed by copies of its last one, as many as its product would be padded with.
+        """
+        padded_counts = [packed_rows(count) for count in counts]
+        firsts = np.cumsum([0, *counts[:-1]])
+        places = [
+            first + np.minimum(np.arange(rows), count - 1)
+            for first, rows, count in zip(firsts, padded_counts, counts, strict=True)
+        ]
+        experts = [self._experts[expert] for expert in ids]
+        padded_PD = rows_ND.index_select(0, torch.from_numpy(np.concatenate(places)))
+        pieces = torch.split(padded_PD, padded_counts)
+        both = [expert.gate_and_up.product(piece) for expert, piece in zip(experts, pieces, strict=True)]
+        inner_PF = experts[0].inner(*experts[0].gate_and_up.split(torch.cat(both)))
+        pieces = torch.split(inner_PF, padded_counts)
+        given = [expert.down(piece)[:count] for expert, piece, count in zip(experts, pieces, counts, strict=True)]
+        return torch.cat(given)
 
     def _at_their_place(self) -> _Grouped:
         """The matrices where they are now: a model may have been moved or loaded anew."""

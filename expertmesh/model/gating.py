@@ -96,7 +96,7 @@ class GatingStage(nn.Module):
 
     def _attended(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
         attended_TD = self.attention(self.attention_norm(x_TD).to(self.dtype), sequences)
-        return self._added(x_TD, self.dropout(attended_TD))
+        return self._added(x_TD, self.dropout(attended_TD) if self.training else attended_TD)
 
     def _gate(self, x_TD: Tensor, sequences: Sequences, apart: bool) -> tuple[Tensor, ...]:
         return self._behind_attention(self._attended(x_TD, sequences), apart)

@@ -27,6 +27,9 @@ Models are written with these operations only; tests/test_invariant.py holds the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +45,7 @@ AMX_ROWS = 32
 AMX_INNER = 448
 _HAS_AMX = torch.cpu._is_amx_tile_supported()
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_multiply = torch.ops.mkldnn._linear_pointwise.default if _HAS_ONEDNN else None  # found once: looking it up takes time
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -77,14 +81,14 @@ def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Ten
 
 
 def _packed_linear(x_ND: Tensor, packed_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    rows = len(x_ND)
-    more_rows = _round_rows(rows) - rows
+    rows = x_ND.shape[0]
+    more_rows = packed_rows(rows) - rows
     x_ND = F.pad(x_ND, (0, 0, 0, more_rows)) if more_rows else aligned(x_ND)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x_ND, packed_OD, bias_O, "none", [], "")
+    product: Tensor = _multiply(x_ND, packed_OD, bias_O, "none", [], "")  # type: ignore[misc]
     return product[:rows] if more_rows else product
 
 
-def _round_rows(rows: int) -> int:
+def packed_rows(rows: int) -> int:
     """How many rows oneDNN is given: one alone goes another way, and every number is a kernel to compile and keep."""
     if rows <= 8:
         return 2 if rows <= 2 else 4 if rows <= 4 else 8
@@ -159,24 +163,48 @@ def bidirectional_attention(q_NHLd: Tensor, k_NHLd: Tensor, v_NHLd: Tensor, leng
     """
     n, heads, length, width = q_NHLd.shape
     flat = (n * heads, length, width)
-    scores = products(q_NHLd.reshape(flat), k_NHLd.reshape(flat).transpose(1, 2)) * width**-0.5
+    scores = products(q_NHLd.reshape(flat), k_NHLd.reshape(flat).transpose(1, 2)).mul_(width**-0.5)
     behind_NL = torch.arange(length, device=lengths_N.device)[None, :] >= lengths_N[:, None]
-    scores = scores.view(n, heads, length, length).masked_fill(behind_NL[:, None, None, :], float("-inf"))
+    scores = scores.view(n, heads, length, length).masked_fill_(behind_NL[:, None, None, :], float("-inf"))
     weights = torch.softmax(scores, dim=-1).view(n * heads, length, length)
     return products(weights.to(v_NHLd.dtype), v_NHLd.reshape(flat)).view(n, heads, length, width)
 
 
+@dataclass(frozen=True)
+class Picked:
+    """Blocks of a pool, seen where they are: on CPU nothing is copied to attend to them.
+
+    Attributes:
+        pool: All blocks [P, K, S, w].
+        numbers: Which of them each of N tiles sees, in their order; some may have fewer than others.
+    """
+
+    pool: Tensor
+    numbers: Sequence[Sequence[int]]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Of the blocks if they were copied side by side: [N, B, K, S, w]."""
+        heads, size, width = self.pool.shape[1:]
+        return len(self.numbers), max(map(len, self.numbers)), heads, size, width
+
+
 def causal_attention(
-    q_NKMd: Tensor, k_NBKSd: Tensor, v_NBKSv: Tensor, hidden_NBMS: Tensor, scale: float, sinks_KM: Tensor | None = None
+    q_NKMd: Tensor,
+    k_NBKSd: Tensor | Picked,
+    v_NBKSv: Tensor | Picked,
+    hidden_NBMS: Tensor,
+    scale: float,
+    sinks_KM: Tensor | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention over keys in blocks of one fixed size S.
+    """Scaled dot-product attention over keys in blocks of one fixed size S; not differentiable on CPU.
 
     Scores are made block by block, their maximum is exact, and what each block gives is added block after block. So a
     row depends neither on how many rows share the call nor on how many blocks there are behind the last that it sees:
     a block that is hidden altogether adds zeros.
 
     Args:
-        q_NKMd: Queries [N, K, M, d] of N tiles and K key heads; M is a multiple of `ROW_MULTIPLE`.
+        q_NKMd: Queries [N, K, M, d] of N tiles and K key heads.
         k_NBKSd: Keys [N, B, K, S, d] of B blocks.
         v_NBKSv: Values [N, B, K, S, v]; those that are hidden must be finite.
         hidden_NBMS: Which keys a query does not see; it must see one.
@@ -186,25 +214,72 @@ def causal_attention(
     Returns:
         [N, K, M, v] in float32.
     """
+    if not cuda.serves(q_NKMd):
+        return _attention_block_by_block(
+            q_NKMd.detach(), _picked(k_NBKSd), _picked(v_NBKSv), hidden_NBMS, scale, sinks_KM
+        )
+    assert isinstance(k_NBKSd, Tensor)
+    assert isinstance(v_NBKSv, Tensor)
     n, blocks, heads, size, width = k_NBKSd.shape
     rows = q_NKMd.shape[2]
     q = q_NKMd[:, None].expand(n, blocks, heads, rows, width).reshape(-1, rows, width)
-    scores = products(q, k_NBKSd.reshape(-1, size, width).transpose(1, 2)).float() * scale
-    scores = scores.view(n, blocks, heads, rows, size).masked_fill(hidden_NBMS[:, :, None], float("-inf"))
+    scores = products(q, k_NBKSd.reshape(-1, size, width).transpose(1, 2)).view(n, blocks, heads, rows, size)
+    weights, best_NKM = _weights(scores, hidden_NBMS, scale, sinks_KM)
+    flat = weights.to(v_NBKSv.dtype).view(-1, rows, size)
+    mixed = products(flat, v_NBKSv.reshape(flat.shape[0], size, -1)).float().view(n, blocks, heads, rows, -1)
+    return _merged(mixed, row_sums(weights), best_NKM, sinks_KM)
+
+
+def _picked(blocks: Tensor | Picked) -> Picked:
+    if isinstance(blocks, Picked):
+        return blocks
+    n, count = blocks.shape[:2]
+    return Picked(blocks.detach().flatten(0, 1), [range(tile * count, (tile + 1) * count) for tile in range(n)])
+
+
+def _attention_block_by_block(
+    q_NKMd: Tensor, keys: Picked, values: Picked, hidden_NBMS: Tensor, scale: float, sinks_KM: Tensor | None
+) -> Tensor:
+    """What `causal_attention` gives, each block multiplied alone and where it is."""
+    n, blocks, heads, size, _ = keys.shape
+    rows, value_width = q_NKMd.shape[2], values.shape[-1]
+    more_rows, more_columns = -q_NKMd.shape[2] % ROW_MULTIPLE, -value_width % COLUMN_MULTIPLE
+    if more_rows:
+        q_NKMd = F.pad(q_NKMd, (0, 0, 0, more_rows))
+    scores = q_NKMd.new_empty(n, blocks, heads, rows + more_rows, size)
+    mixed = q_NKMd.new_empty(n, blocks, heads, rows + more_rows, value_width + more_columns)
+    keys_PKdS = keys.pool.transpose(2, 3)
+    for tile, numbers in enumerate(keys.numbers):
+        for place, number in enumerate(numbers):
+            torch.bmm(q_NKMd[tile], keys_PKdS[number], out=scores[tile, place])
+    weights, best_NKM = _weights(scores[:, :, :, :rows], hidden_NBMS, scale, sinks_KM)
+    is_in_place = weights.dtype == scores.dtype  # then behind the rows is what is finite and never used
+    flat = scores if is_in_place else F.pad(weights.to(scores.dtype), (0, 0, 0, more_rows))
+    for tile, numbers in enumerate(values.numbers):
+        for place, number in enumerate(numbers):
+            values_KSv = values.pool[number]
+            if more_columns:
+                values_KSv = F.pad(values_KSv, (0, more_columns))
+            torch.bmm(flat[tile, place], values_KSv, out=mixed[tile, place])
+        if len(numbers) < blocks:
+            mixed[tile, len(numbers) :] = 0.0
+    return _merged(mixed[:, :, :, :rows, :value_width].float(), weights.sum(dim=-1), best_NKM, sinks_KM)
+
+
+def _weights(scores_NBKMS: Tensor, hidden_NBMS: Tensor, scale: float, sinks_KM: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights of the keys in float32 but for their total, where float32 scores were; and the best scores."""
+    scores = scores_NBKMS.float().mul_(scale).masked_fill_(hidden_NBMS[:, :, None], float("-inf"))
     best_NKM = scores.amax(dim=(1, 4))
     if sinks_KM is not None:
         best_NKM = torch.maximum(best_NKM, sinks_KM)
-    weights = torch.exp(scores - best_NKM[:, None, :, :, None])
-    totals = row_sums(weights)
-    value_width = v_NBKSv.shape[-1]
-    if more_columns := -value_width % COLUMN_MULTIPLE:
-        v_NBKSv = F.pad(v_NBKSv, (0, more_columns))
-    flat = weights.to(v_NBKSv.dtype).view(-1, rows, size)
-    mixed = products(flat, v_NBKSv.reshape(flat.shape[0], size, -1)).float().view(n, blocks, heads, rows, -1)
-    mixed = mixed[..., :value_width]
-    total_NKM, mixed_NKMv = totals[:, 0], mixed[:, 0]
-    for block in range(1, blocks):
-        total_NKM, mixed_NKMv = total_NKM + totals[:, block], mixed_NKMv + mixed[:, block]
+    return scores.sub_(best_NKM[:, None, :, :, None]).exp_(), best_NKM
+
+
+def _merged(mixed_NBKMv: Tensor, totals_NBKM: Tensor, best_NKM: Tensor, sinks_KM: Tensor | None) -> Tensor:
+    """Adds up what the blocks give, one after another, and divides it by the weights' total."""
+    total_NKM, mixed_NKMv = totals_NBKM[:, 0], mixed_NBKMv[:, 0]
+    for block in range(1, mixed_NBKMv.shape[1]):
+        total_NKM, mixed_NKMv = total_NKM + totals_NBKM[:, block], mixed_NKMv + mixed_NBKMv[:, block]
     if sinks_KM is not None:
         total_NKM = total_NKM + torch.exp(sinks_KM - best_NKM)
     return mixed_NKMv / total_NKM[..., None]

@@ -103,7 +103,21 @@ class Joint:
         """What each layer gives."""
         if self._packed_OD is None:
             return [layer(x_ND) for layer in self._layers]
-        return torch.split(invariant.linear(x_ND, self._packed_OD, self._bias_O), self._widths, dim=1)
+        return self.split(self.product(x_ND))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it has been joined."""
+        return self._packed_OD is not None
+
+    def product(self, x_ND: Tensor) -> Tensor:
+        """What the layers give, side by side, once it is packed."""
+        assert self._packed_OD is not None
+        return invariant.linear(x_ND, self._packed_OD, self._bias_O)
+
+    def split(self, product_NO: Tensor) -> Sequence[Tensor]:
+        """What each layer gives, of what all give."""
+        return torch.split(product_NO, self._widths, dim=1)
 
 
 class RMSNorm(nn.Module):
@@ -124,7 +138,7 @@ class RMSNorm(nn.Module):
         if cuda.serves(x):
             return cuda.rms_norm(x, self.weight, self.eps)
         wide = x.float()
-        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+        return wide * (wide * wide).mean(-1, keepdim=True).add_(self.eps).rsqrt_() * self.weight
 
 
 class LayerNorm(nn.LayerNorm):

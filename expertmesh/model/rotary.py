@@ -46,7 +46,8 @@ class Rotation:
     """
 
     def __init__(self, cos_T1R: Tensor, sin_T1R: Tensor, interleaved: bool) -> None:
-        self._cos, self._sin = cos_T1R, sin_T1R
+        self._cos = cos_T1R[:, :, None]
+        self._sines = torch.stack([sin_T1R, -sin_T1R], dim=2)
         self._interleaved = interleaved
 
     def turn(self, x_THd: Tensor) -> Tensor:
@@ -54,9 +55,12 @@ class Rotation:
         width = 2 * self._cos.shape[-1]
         if not width:
             return x_THd.float()
-        turned, rest = x_THd[..., :width].float(), x_THd[..., width:].float()
-        if self._interleaved:
-            left, right = turned[..., 0::2], turned[..., 1::2]
-        else:
-            left, right = turned[..., : width // 2], turned[..., width // 2 :]
-        return torch.cat([left * self._cos - right * self._sin, right * self._cos + left * self._sin, rest], dim=-1)
+        turned = x_THd[..., :width].float()
+        pairs = (
+            torch.unflatten(turned, -1, (-1, 2)).transpose(-1, -2)
+            if self._interleaved
+            else torch.unflatten(turned, -1, (2, -1))
+        )
+        # the left one times cosine minus the right one times sine, and the right times cosine plus the left times sine
+        both = (pairs * self._cos).add_((pairs * self._sines).flip(-2)).flatten(-2)
+        return both if width == x_THd.shape[-1] else torch.cat([both, x_THd[..., width:].float()], dim=-1)

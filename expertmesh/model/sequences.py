@@ -34,6 +34,16 @@ class Group:
     rows_NL: Tensor
     inside_NL: Tensor
 
+    @cached_property
+    def inside_rows(self) -> Tensor:
+        """The token rows of the group."""
+        return self.rows_NL[self.inside_NL]
+
+    @cached_property
+    def inside_places(self) -> Tensor:
+        """Which of N * L places hold these."""
+        return torch.nonzero(self.inside_NL.flatten())[:, 0]
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -79,8 +89,8 @@ class Sequences:
         for group in self.groups:
             q, k, v = (x[group.rows_NL].transpose(1, 2) for x in (q_THd, k_TKd, v_TKv))
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=pattern.scale, enable_gqa=True)
-            rows = group.rows_NL[group.inside_NL]
-            mixed_THv = mixed_THv.index_put((rows,), mixed.transpose(1, 2)[group.inside_NL].to(mixed_THv.dtype))
+            inside = mixed.transpose(1, 2)[group.inside_NL]
+            mixed_THv = mixed_THv.index_put((group.inside_rows,), inside.to(mixed_THv.dtype))
         return mixed_THv
 
     @cached_property
