@@ -76,12 +76,14 @@ async def _arrivals(per_s: float, seed: int, one: Callable[[float], Awaitable[ob
     return outcome
 
 
-def passes(factor: float, seed: int, noise: float, limits: Limits, seconds: float = LOAD_S) -> Outcome:
-    """Texts that come so many times as fast as they can be computed: 8 in 0.1 s."""
+def passes(
+    factor: float, seed: int, noise: float, limits: Limits, seconds: float = LOAD_S, text_s: float = 0.01
+) -> Outcome:
+    """Texts that come so many times as fast as they can be computed: 0.02 s a pass, and so long each text."""
     dice = random.Random(seed)
 
     async def run_pass(work: list[int], deadline: Deadline) -> Sequence[int]:
-        await asyncio.sleep((0.02 + 0.01 * len(work)) * (1 + noise * dice.random()))
+        await asyncio.sleep((0.02 + text_s * len(work)) * (1 + noise * dice.random()))
         return work
 
     async def main() -> Outcome:
@@ -90,7 +92,8 @@ def passes(factor: float, seed: int, noise: float, limits: Limits, seconds: floa
         async def one(timeout_s: float) -> object:
             return await batcher.submit([1], Deadline.after(timeout_s))
 
-        return await _arrivals(factor * 80 * limits.passes / (1 + noise / 2), seed, one, seconds)
+        per_s = 8 / (0.02 + 8 * text_s)
+        return await _arrivals(factor * per_s * limits.passes / (1 + noise / 2), seed, one, seconds)
 
     return run_simulated(main())
 
@@ -105,6 +108,15 @@ def test_passes_answer_as_much_at_ten_times_the_load(noise: float, limits: Limit
     assert max(over.late_s) < 0.01
     assert median(over.refused_s) == 0  # at once
     assert all(0 < retry_s < 10 for retry_s in over.retries_s)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_passes_are_no_larger_than_deadlines_allow(noise: float) -> None:
+    """A pass of all the texts that may share one would take 4.5 s, twice what callers wait."""
+    runs = [passes(factor, 3, noise, Limits(), 40.0, 0.07) for factor in (0.9, 1.1, 1.3, 10)]
+    assert runs[-1].good >= 0.9 * max(run.good for run in runs[:-1])
+    assert runs[-1].ends[DeadlineExceeded] <= 0.05 * runs[-1].good
+    assert max(runs[-1].late_s) < 0.01
 
 
 def test_nobody_is_refused_whom_there_is_time_for() -> None:
