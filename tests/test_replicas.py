@@ -318,7 +318,7 @@ async def test_within_the_mesh_a_refused_call_is_the_replicas_fault(code: grpc.S
 
 
 async def test_a_replica_that_hangs_costs_one_attempt_and_not_the_callers_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertmesh.rpc.replica.ATTEMPT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("expertmesh.rpc.caller.ATTEMPT_TIMEOUT_S", 0.2)
     async with served(Hanging(), Honest(2.0)) as addresses, replica_set(*addresses) as (replicas, _):
         assert [await ask(replicas) for _ in range(3)] == [2.0] * 3
 

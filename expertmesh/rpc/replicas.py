@@ -1,16 +1,20 @@
 """The replicas of one service: who gets a call, and who gets it next if the first is gone or wrong.
 
 A call goes to the live replica with the fewest calls under way, among equals in turn; one that fails because the
-replica is gone, or that is answered with something that cannot be right, is repeated on another within the deadline.
+replica is gone, or that is answered with something that cannot be right, is repeated on another within the deadline, as
+far as the budget allows. A pure call that is late is given to another replica too.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from itertools import count
+from math import inf
+from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -25,13 +29,23 @@ from expertmesh.errors import (
     Unavailable,
     WrongPart,
 )
+from expertmesh.rpc.asked import Asked
+from expertmesh.rpc.budget import Budget
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.hedging import Hedging, Race, size_of
+from expertmesh.rpc.jury import Jury
+from expertmesh.rpc.latency import Latency, Times
 from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.origin import Origin
+from expertmesh.rpc.probation import Probation, Witness
 from expertmesh.rpc.replica import Replica, ReplicaEvent, State
+from expertmesh.telemetry import metrics
 from expertmesh.v1.description_pb2 import DescribeResponse
 
 ReplyT = TypeVar("ReplyT")
+
+RETRIES_PER_CALL = 0.1
+MOST_RETRIES = 16.0
 
 
 class ReplicaSet:
@@ -63,8 +77,22 @@ class ReplicaSet:
         self.name = name
         self._refusals_are_faults = refusals_are_faults
         self._turns = count(1)
+        self._notify = notify
+        self._retries = Budget(RETRIES_PER_CALL, MOST_RETRIES, MOST_RETRIES)
+        self._hedging, self._latency, self._probation = Hedging(), Latency(), Probation()
+        self._why2calls = {why: metrics.CALLS.labels(name, why) for why in ("first", "retry", "hedge", "proof")}
+        self._jury = Jury(lambda: self.live)
         self.replicas = [
-            Replica(name, address, channel, stub, open_link(address, channel, name), admit, notify)
+            Replica(
+                name,
+                address,
+                channel,
+                stub,
+                open_link(address, channel, name),
+                admit,
+                self._follow_event,
+                self._can_compare,
+            )
             for address, channel in ((address, open_channel(address)) for address in addresses)
         ]
         self._tasks: list[asyncio.Task[None]] = []
@@ -81,6 +109,7 @@ class ReplicaSet:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._probation.close()
         for replica in self.replicas:
             await replica.close()
 
@@ -114,19 +143,36 @@ class ReplicaSet:
             at: The only replica to ask, for calls that are about what it has in memory.
 
         Raises:
-            Unavailable: No replica answered.
+            Unavailable: No replica answered, or too many calls had to be repeated lately.
             NotFinite: NaN or infinity comes of it wherever it is computed; nobody is refused for that.
             CorruptReply: The last replica that was left answered wrongly.
+            Overloaded: The last replica that was left has too much to do.
             MeshError: The service refused the call.
         """
-        tried: Counter[str] = Counter()
-        suspects: list[Replica] = []
+        times = None
+        if at is not None:
+            self._jury.keeps_sequences = True
+        elif (size := size_of(method, request)) is not None:
+            times = self._latency.of(method, size)
+        asked = Asked(method, request, deadline, read, at, times)
+        self._retries.earn()
+        why = "first"
         while True:
+            replica = self._pick(asked.tried, at)
+            if replica is None:
+                raise self.unavailable()
             try:
-                return await self._attempt(method, request, deadline, read, tried, suspects, at)
-            except (Unavailable, CorruptReply):
-                if self._pick(tried, at) is None:
+                if times is None or len(self.replicas) == 1:
+                    return await self._attempt(asked, replica, why)
+                return await self._attempt_with_peers(asked, replica, why, times)
+            except (Unavailable, CorruptReply, Overloaded) as error:
+                if self._pick(asked.tried, at) is None:
                     raise
+                # what was under way when a connection ended is repeated freely: it cannot happen again to these calls
+                is_free = isinstance(error, Unavailable) and not replica.is_connected
+                if not is_free and not self._retries.take():
+                    raise self._exhausted(error) from None
+            why = "retry"
 
     async def stream(
         self, method: str, request: Any, deadline: Deadline, read: Callable[[Any], Iterable[ReplyT]]
@@ -148,6 +194,7 @@ class ReplicaSet:
         if replica is None:
             raise self.unavailable()
         replica.last_turn = next(self._turns)
+        self._why2calls["first"].inc()
         try:
             async with aclosing(replica.stream(method, request, deadline.next_hop_s(), read)) as replies:
                 async for reply in replies:
@@ -155,46 +202,93 @@ class ReplicaSet:
         except NotFinite:
             raise
         except Unavailable as error:
-            replica.lose(str(error))
+            self._jury.failed(replica, str(error))
             raise
         except CorruptReply as error:
             raise self._wrong(replica, error) from None
 
-    async def _attempt(
-        self,
-        method: str,
-        request: Any,
-        deadline: Deadline,
-        read: Callable[[Any, Origin], ReplyT],
-        tried: Counter[str],
-        suspects: list[Replica],
-        at: Replica | None,
-    ) -> ReplyT:
-        replica = self._pick(tried, at)
-        if replica is None:
-            raise self.unavailable()
-        if tried:
+    async def _attempt_with_peers(self, asked: Asked[ReplyT], replica: Replica, why: str, times: Times) -> ReplyT:
+        """An attempt that another replica takes part in if this one is late, and that proves a third one."""
+        self._hedging.earn()
+        proving = next((one for one in self.replicas if one.state is State.ON_PROBATION), None)
+        if proving is not None and not isinstance(asked.read, Witness):
+            asked.read = Witness(asked.read)
+        delay_s = self._hedging.delay_s(times)
+        if delay_s == inf:
+            answer = await self._attempt(asked, replica, why)
+        else:
+            started_s = monotonic()
+            race = Race(delay_s, partial(self._second, asked, times, started_s))
+            answer = await race.run(self._attempt(asked, replica, why))
+            if race.second_won:
+                waited_s = monotonic() - started_s
+                times.add(waited_s)
+                self._jury.took(replica, waited_s, times, in_time=False)
+        if isinstance(asked.read, Witness) and proving is not None and not self._probation.has(proving):
+            self._why2calls["proof"].inc()
+            self._probation.begin(proving, asked.method, asked.request, asked.read, times)
+        return answer
+
+    def _second(
+        self, asked: Asked[ReplyT], times: Times, started_s: float
+    ) -> Coroutine[Any, Any, ReplyT] | float | None:
+        """A call to another than the one that is late; or how much longer to wait for that; None: there is nobody."""
+        other = self._pick(asked.tried)
+        if other is None or asked.tried[other.address]:
+            return None
+        allowed = self._hedging.allows(monotonic() - started_s, times)
+        if isinstance(allowed, float):
+            return allowed
+        return self._attempt(asked, other, "hedge") if allowed else None
+
+    async def _attempt(self, asked: Asked[ReplyT], replica: Replica, why: str) -> ReplyT:
+        if why == "retry":
             replica.tell("retried")
-        tried[replica.address] += 1
+        self._why2calls[why].inc()
+        asked.tried[replica.address] += 1
         replica.last_turn = next(self._turns)
+        times, started_s = asked.times, monotonic()
         try:
-            answer = await replica.attempt(method, request, deadline.next_hop_s(), read)
+            answer = await replica.attempt(
+                asked.method, asked.request, asked.deadline.next_hop_s(), asked.read, asked.patience_s
+            )
         except (NotFinite, NonFiniteInput) as error:
-            suspects.append(replica)
+            asked.suspects.append(replica)
             raise NotFinite(f"{self.name}: {error}") from None
         except Unavailable as error:
-            if tried[replica.address] >= replica.attempts:
-                replica.lose(str(error))
+            if asked.tried[replica.address] >= replica.attempts:
+                self._jury.failed(replica, str(error))
             raise
         except CorruptReply as error:
             raise self._wrong(replica, error) from None
-        except (InvalidInput, WrongPart, Overloaded) as error:
-            if self._refusals_are_faults and at is None:
+        except (InvalidInput, WrongPart) as error:
+            if self._refusals_are_faults and asked.at is None:
                 raise self._wrong(replica, error) from None
             raise
-        for suspect in suspects:
+        replica.record.answered()
+        if times is not None:
+            took_s = monotonic() - started_s
+            times.add(took_s)
+            self._jury.took(replica, took_s, times)
+        for suspect in asked.suspects:
             suspect.refuse("it computed rows that are not finite where another replica's are")
         return answer
+
+    def _can_compare(self) -> bool:
+        """Whether a replica that was ejected can be compared with another before it returns."""
+        return bool(self.live) and not self._jury.keeps_sequences
+
+    def _follow_event(self, happened: ReplicaEvent) -> None:
+        self._notify(happened)
+        if happened.what in ("lost", "ejected", "refused") and not self.live:
+            for one in self.replicas:
+                if one.address != happened.address:
+                    one.pardon("nobody else is left")
+
+    def _exhausted(self, error: Exception) -> Exception:
+        if isinstance(error, Overloaded):
+            return error
+        return Unavailable(f"too many calls to {self.name} had to be repeated lately; the last one: {error}", self.name)
 
     def _wrong(self, replica: Replica, error: Exception) -> CorruptReply:
         replica.refuse(str(error))

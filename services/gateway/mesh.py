@@ -249,7 +249,7 @@ class Mesh:
         metrics.REPLICA_EVENTS.labels(happened.service, happened.what).inc()
         for replicas in self.all():
             metrics.REPLICAS_LIVE.labels(replicas.name).set(len(replicas.live))
-        level = logging.INFO if happened.what in ("live", "retried") else logging.WARNING
+        level = logging.INFO if happened.what in ("live", "retried", "returned") else logging.WARNING
         event(
             f"replica_{happened.what}",
             level=level,

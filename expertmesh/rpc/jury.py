@@ -1,0 +1,54 @@
+"""Who of a service's replicas is left for failing or for being slow, which only a look at its peers can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from expertmesh.rpc.ejection import SLOW_S, Record, Why
+from expertmesh.rpc.latency import Times
+from expertmesh.rpc.replica import Replica, State
+
+
+class Jury:
+    """Judges replicas by their records.
+
+    Args:
+        live: Tells the replicas that may get traffic.
+
+    Attributes:
+        keeps_sequences: Whether replicas hold something for their callers: then none is left for being slow, since all
+            of that would have to be computed anew elsewhere.
+    """
+
+    def __init__(self, live: Callable[[], Sequence[Replica]]) -> None:
+        self._live = live
+        self.keeps_sequences = False
+
+    def took(self, replica: Replica, took_s: float, times: Times, in_time: bool = True) -> None:
+        """Takes down how long a replica took, and leaves it if it is much slower than its peers.
+
+        Args:
+            replica: The one.
+            took_s: How long it took, or was waited for.
+            times: What calls like this one take.
+            in_time: Whether it answered; otherwise another did, in its place.
+        """
+        replica.record.took(took_s, times.median_s, in_time)
+        if took_s > SLOW_S and not self.keeps_sequences and replica.state is State.LIVE:
+            reason = replica.record.is_slow(self._peers(replica))
+            if reason:
+                replica.eject(Why.SLOW, reason)
+
+    def failed(self, replica: Replica, reason: str) -> None:
+        """Takes a replica that failed out of the traffic, for longer if it fails again and again."""
+        if replica.state is not State.LIVE:
+            return  # what fails after it was left is no news
+        replica.record.failed()
+        habit = replica.record.is_failing(self._peers(replica))
+        if habit:
+            replica.eject(Why.FAILING, f"{habit}, at last: {reason}")
+        else:
+            replica.lose(reason)
+
+    def _peers(self, replica: Replica) -> list[Record]:
+        return [one.record for one in self._live() if one is not replica]

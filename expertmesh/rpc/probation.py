@@ -1,0 +1,87 @@
+"""How a replica that was ejected proves itself: it answers what a peer has answered, and nobody waits for it.
+
+The replies of pure calls are the same bits wherever they are computed, so what was changed in its memory shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isnan
+from typing import Any, Generic, TypeVar
+
+from expertmesh.errors import MeshError, Overloaded
+from expertmesh.rpc.ejection import SLOW_S, SLOW_TIMES, Why
+from expertmesh.rpc.latency import Times
+from expertmesh.rpc.origin import Origin
+from expertmesh.rpc.replica import Replica, State
+
+ReplyT = TypeVar("ReplyT")
+
+TIMEOUT_S = 2.0
+
+
+@dataclass
+class Witness(Generic[ReplyT]):
+    """Reads the reply to a call, and keeps it to compare others with.
+
+    Attributes:
+        read: Checks and reads it.
+        reply: The message; None before there is one.
+        origin: Who gave it.
+    """
+
+    read: Callable[[Any, Origin], ReplyT]
+    reply: Any = None
+    origin: Origin = Origin("", "")
+
+    def __call__(self, reply: Any, origin: Origin) -> ReplyT:
+        """Reads a reply that is kept if it can be right."""
+        answer = self.read(reply, origin)
+        self.reply, self.origin = reply, origin
+        return answer
+
+
+class Probation:
+    """The proofs that the replicas of one service are giving."""
+
+    def __init__(self) -> None:
+        self._address2task: dict[str, asyncio.Task[None]] = {}
+
+    def has(self, replica: Replica) -> bool:
+        """Whether a proof of it is under way."""
+        return replica.address in self._address2task
+
+    def begin(self, replica: Replica, method: str, request: Any, witness: Witness[Any], times: Times) -> None:
+        """Has a replica answer what another has answered."""
+        task = asyncio.create_task(_prove(replica, method, request, witness, times))
+        self._address2task[replica.address] = task
+        task.add_done_callback(lambda _: self._address2task.pop(replica.address))
+
+    async def close(self) -> None:
+        """Ends the proofs."""
+        tasks = list(self._address2task.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _prove(replica: Replica, method: str, request: Any, witness: Witness[Any], times: Times) -> None:
+    """It returns if the bits are the same, and if it is not slow any more where it was."""
+    is_slow = replica.record.why is Why.SLOW and not isnan(times.median_s)
+    patience_s = min(TIMEOUT_S, max(SLOW_S, SLOW_TIMES * times.median_s)) if is_slow else TIMEOUT_S
+    try:
+        reply, origin = await replica.attempt(method, request, 2 * TIMEOUT_S, lambda *given: given, patience_s)
+    except Overloaded:
+        return  # the next call is its next chance
+    except MeshError as error:
+        if replica.state is State.ON_PROBATION:
+            replica.eject(replica.record.why or Why.FAILING, f"on probation: {error}")
+        return
+    if replica.state is not State.ON_PROBATION:
+        return  # it was lost, or taken back, meanwhile
+    if origin.profile == witness.origin.profile and reply != witness.reply:
+        replica.refuse("on probation: its reply is not its peer's")
+    else:
+        replica.acquit("it answers as its peer does")
