@@ -6,11 +6,11 @@ from __future__ import annotations
 class Budget:
     """A bucket of tokens; every call adds a part of one, and a call more takes one.
 
-    Over any number of calls it gives at most `most + per_call * calls`, however many of them fail.
+    Over any number of calls it gives at most `most + per_call * (calls + 1)`, however many of them fail.
 
     Args:
         per_call: What a call adds.
-        most: Most tokens that it holds.
+        most: It is full when it holds so many tokens.
         first: What it holds at the start.
     """
 
@@ -25,7 +25,8 @@ class Budget:
 
     def earn(self) -> None:
         """A call was asked for."""
-        self.tokens = min(self._most, self.tokens + self._per_call)
+        if self.tokens < self._most:  # without a call of `min`: this is done for every call
+            self.tokens += self._per_call
 
     def take(self) -> bool:
         """Takes a token; whether there was one."""

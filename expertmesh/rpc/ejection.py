@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
+from math import nan
 from time import monotonic
 
 PAUSE_FIRST_S = 1.0
@@ -56,22 +57,24 @@ class Record:
         """How much longer it is left alone; negative if it may prove itself."""
         return self._until_s - self._clock()
 
-    def answered(self) -> None:
-        """It answered rightly."""
-        self._failures_in_row = 0
-        self.failing_share *= 1 - _SHARE_WEIGHT
+    def answered(self, took_s: float = 0.0, median_s: float = nan) -> None:
+        """It answered rightly; where known, in so much time where calls like it take `median_s`."""
+        self._failures_in_row = self._late_in_row = 0
+        if self.failing_share:
+            self.failing_share *= 1 - _SHARE_WEIGHT
+        if median_s > 0:
+            self._compare(took_s / median_s)
+
+    def late(self, waited_s: float, median_s: float) -> None:
+        """It had not answered after so long, when another did in its place."""
+        self._late_in_row += 1
+        if median_s > 0:
+            self._compare(waited_s / median_s)
 
     def failed(self) -> None:
         """It failed, by a status or by taking too long."""
         self._failures_in_row += 1
         self.failing_share += _SHARE_WEIGHT * (1 - self.failing_share)
-
-    def took(self, took_s: float, median_s: float, in_time: bool = True) -> None:
-        """An answer took so long where calls like it take `median_s`; or it had not come when another's was there."""
-        self._late_in_row = 0 if in_time else self._late_in_row + 1
-        if median_s > 0:
-            self._answers += 1
-            self.slowness += _SHARE_WEIGHT * (min(took_s / median_s, _MOST_SLOWNESS) - self.slowness)
 
     def is_failing(self, peers: Sequence[Record]) -> str:
         """In words, why it is to be left for failing; empty if it is not."""
@@ -102,6 +105,10 @@ class Record:
         self.why = why
         self._forget()
         return pause_s
+
+    def _compare(self, ratio: float) -> None:
+        self._answers += 1
+        self.slowness += _SHARE_WEIGHT * ((ratio if ratio < _MOST_SLOWNESS else _MOST_SLOWNESS) - self.slowness)
 
     def _forget(self) -> None:
         self._failures_in_row = self._late_in_row = self._answers = 0

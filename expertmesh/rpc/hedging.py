@@ -14,7 +14,7 @@ from expertmesh.rpc.budget import Budget
 from expertmesh.rpc.latency import Times
 
 AnswerT = TypeVar("AnswerT")
-Second = Callable[[], "Coroutine[Any, Any, AnswerT] | float | None"]
+Second = Callable[..., "Coroutine[Any, Any, AnswerT] | float | None"]
 
 PER_CALL = 0.05
 MOST = 16.0
@@ -64,7 +64,7 @@ class Hedging:
 
     def delay_s(self, times: Times) -> float:
         """How long a first reply is waited for; infinite if too little is known."""
-        return max(FLOOR_S, times.p95_s)
+        return times.p95_s if times.p95_s > FLOOR_S else FLOOR_S
 
     def allows(self, waited_s: float, times: Times) -> bool | float:
         """Whether there is a token for a call that has waited so long; if not yet, how much longer it must wait."""
@@ -80,15 +80,16 @@ class Race(Generic[AnswerT]):
     Args:
         delay_s: When the first is late.
         second: Is asked then for the second call, or for how much longer to wait; None: there will be none.
+        arguments: Of that.
 
     Attributes:
         second_won: Whether the second has answered while the first had not.
     """
 
-    __slots__ = ("_delay_s", "_is_over", "_other", "_second", "_task", "_timer", "second_won")
+    __slots__ = ("_arguments", "_delay_s", "_is_over", "_other", "_second", "_task", "_timer", "second_won")
 
-    def __init__(self, delay_s: float, second: Second[AnswerT]) -> None:
-        self._delay_s, self._second = delay_s, second
+    def __init__(self, delay_s: float, second: Second[AnswerT], arguments: tuple[Any, ...] = ()) -> None:
+        self._delay_s, self._second, self._arguments = delay_s, second, arguments
         self._other: asyncio.Task[AnswerT] | None = None
         self._task: asyncio.Task[Any] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -126,7 +127,7 @@ class Race(Generic[AnswerT]):
             self._timer.cancel()
 
     def _late(self) -> None:
-        second = self._second()
+        second = self._second(*self._arguments)
         if isinstance(second, float):
             self._timer = asyncio.get_running_loop().call_later(second, self._late)
         elif second is not None:

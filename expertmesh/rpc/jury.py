@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from expertmesh.rpc.ejection import SLOW_S, Record, Why
-from expertmesh.rpc.latency import Times
+from expertmesh.rpc.ejection import Record, Why
 from expertmesh.rpc.replica import Replica, State
 
 
@@ -24,17 +23,9 @@ class Jury:
         self._live = live
         self.keeps_sequences = False
 
-    def took(self, replica: Replica, took_s: float, times: Times, in_time: bool = True) -> None:
-        """Takes down how long a replica took, and leaves it if it is much slower than its peers.
-
-        Args:
-            replica: The one.
-            took_s: How long it took, or was waited for.
-            times: What calls like this one take.
-            in_time: Whether it answered; otherwise another did, in its place.
-        """
-        replica.record.took(took_s, times.median_s, in_time)
-        if took_s > SLOW_S and not self.keeps_sequences and replica.state is State.LIVE:
+    def look(self, replica: Replica) -> None:
+        """Leaves a replica that was slow just now if it is much slower than its peers."""
+        if replica.state is State.LIVE and not self.keeps_sequences:
             reason = replica.record.is_slow(self._peers(replica))
             if reason:
                 replica.eject(Why.SLOW, reason)

@@ -11,7 +11,6 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from functools import partial
 from itertools import count
 from math import inf
 from time import monotonic
@@ -32,6 +31,7 @@ from expertmesh.errors import (
 from expertmesh.rpc.asked import Asked
 from expertmesh.rpc.budget import Budget
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.ejection import SLOW_S
 from expertmesh.rpc.hedging import Hedging, Race, size_of
 from expertmesh.rpc.jury import Jury
 from expertmesh.rpc.latency import Latency, Times
@@ -190,7 +190,7 @@ class ReplicaSet:
             CorruptReply: It answered wrongly.
             MeshError: It refused the call.
         """
-        replica = self._pick(Counter())
+        replica = self._pick(())
         if replica is None:
             raise self.unavailable()
         replica.last_turn = next(self._turns)
@@ -210,7 +210,7 @@ class ReplicaSet:
     async def _attempt_with_peers(self, asked: Asked[ReplyT], replica: Replica, why: str, times: Times) -> ReplyT:
         """An attempt that another replica takes part in if this one is late, and that proves a third one."""
         self._hedging.earn()
-        proving = next((one for one in self.replicas if one.state is State.ON_PROBATION), None)
+        proving = self._proving()
         if proving is not None and not isinstance(asked.read, Witness):
             asked.read = Witness(asked.read)
         delay_s = self._hedging.delay_s(times)
@@ -218,13 +218,14 @@ class ReplicaSet:
             answer = await self._attempt(asked, replica, why)
         else:
             started_s = monotonic()
-            race = Race(delay_s, partial(self._second, asked, times, started_s))
+            race = Race(delay_s, self._second, (asked, times, started_s))
             answer = await race.run(self._attempt(asked, replica, why))
             if race.second_won:
                 waited_s = monotonic() - started_s
                 times.add(waited_s)
-                self._jury.took(replica, waited_s, times, in_time=False)
-        if isinstance(asked.read, Witness) and proving is not None and not self._probation.has(proving):
+                replica.record.late(waited_s, times.median_s)
+                self._jury.look(replica)
+        if proving is not None and isinstance(asked.read, Witness) and not self._probation.has(proving):
             self._why2calls["proof"].inc()
             self._probation.begin(proving, asked.method, asked.request, asked.read, times)
         return answer
@@ -234,7 +235,7 @@ class ReplicaSet:
     ) -> Coroutine[Any, Any, ReplyT] | float | None:
         """A call to another than the one that is late; or how much longer to wait for that; None: there is nobody."""
         other = self._pick(asked.tried)
-        if other is None or asked.tried[other.address]:
+        if other is None or other.address in asked.tried:
             return None
         allowed = self._hedging.allows(monotonic() - started_s, times)
         if isinstance(allowed, float):
@@ -245,18 +246,22 @@ class ReplicaSet:
         if why == "retry":
             replica.tell("retried")
         self._why2calls[why].inc()
-        asked.tried[replica.address] += 1
+        asked.tried.append(replica.address)
         replica.last_turn = next(self._turns)
         times, started_s = asked.times, monotonic()
         try:
             answer = await replica.attempt(
-                asked.method, asked.request, asked.deadline.next_hop_s(), asked.read, asked.patience_s
+                asked.method,
+                asked.request,
+                asked.deadline.next_hop_s(),
+                asked.read,
+                inf if times is None else times.patience_s,
             )
         except (NotFinite, NonFiniteInput) as error:
             asked.suspects.append(replica)
             raise NotFinite(f"{self.name}: {error}") from None
         except Unavailable as error:
-            if asked.tried[replica.address] >= replica.attempts:
+            if asked.tried.count(replica.address) >= replica.attempts:
                 self._jury.failed(replica, str(error))
             raise
         except CorruptReply as error:
@@ -265,14 +270,23 @@ class ReplicaSet:
             if self._refusals_are_faults and asked.at is None:
                 raise self._wrong(replica, error) from None
             raise
-        replica.record.answered()
-        if times is not None:
+        if times is None:
+            replica.record.answered()
+        else:
             took_s = monotonic() - started_s
             times.add(took_s)
-            self._jury.took(replica, took_s, times)
+            replica.record.answered(took_s, times.median_s)
+            if took_s > SLOW_S:
+                self._jury.look(replica)
         for suspect in asked.suspects:
             suspect.refuse("it computed rows that are not finite where another replica's are")
         return answer
+
+    def _proving(self) -> Replica | None:
+        for one in self.replicas:
+            if one.state is State.ON_PROBATION and not self._probation.has(one):
+                return one
+        return None
 
     def _can_compare(self) -> bool:
         """Whether a replica that was ejected can be compared with another before it returns."""
@@ -294,12 +308,12 @@ class ReplicaSet:
         replica.refuse(str(error))
         return CorruptReply(f"{self.name} gave a reply that cannot be right: {error}")
 
-    def _pick(self, tried: Counter[str], at: Replica | None = None) -> Replica | None:
-        left = [
-            one
-            for one in self.replicas
-            if one.state is State.LIVE and tried[one.address] < one.attempts and (at is None or one is at)
-        ]
-        if len(left) == 1:
-            return left[0]
-        return min(left, key=lambda one: (tried[one.address], one.calls_under_way, one.last_turn), default=None)
+    def _pick(self, tried: Sequence[str], at: Replica | None = None) -> Replica | None:
+        best, least = None, (inf, inf, inf)
+        for one in self.replicas:
+            if one.state is not State.LIVE or (at is not None and one is not at):
+                continue
+            times = tried.count(one.address) if tried else 0
+            if times < one.attempts and (times, one.calls_under_way, one.last_turn) < least:
+                best, least = one, (times, one.calls_under_way, one.last_turn)
+        return best
