@@ -1,4 +1,4 @@
-"""A process that hangs is lost within two seconds, one that computes is not; both are processes of their own."""
+"""Processes that hang are lost within two seconds, those that compute are not, and one that is killed loses no call."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from time import monotonic
 
@@ -29,8 +30,8 @@ def free_address(carrier: str) -> str:
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[dict[str, int]]:
-    """Addresses and ids of processes that every test must leave as it found them: two neighbours, two by TCP."""
-    addresses = [free_address(carrier) for carrier in ("unix", "unix", "tcp", "tcp")]
+    """Addresses and ids of processes: two neighbours, two by TCP, and the last one, which a test may kill."""
+    addresses = [free_address(carrier) for carrier in ("unix", "unix", "tcp", "tcp", "unix")]
     with running(*addresses) as pids:
         yield dict(zip(addresses, pids, strict=True))
 
@@ -39,7 +40,7 @@ def processes() -> Iterator[dict[str, int]]:
 async def test_a_hung_process_is_lost_within_two_seconds_and_is_back_when_it_goes_on(
     carrier: str, processes: dict[str, int]
 ) -> None:
-    first, second = (address for address in processes if address.startswith("unix") == (carrier == "unix"))
+    first, second = [address for address in processes if address.startswith("unix") == (carrier == "unix")][:2]
     hung, both = processes[first], {processes[first], processes[second]}
     async with replica_set(first, second) as (replicas, events):
         assert {await ask(replicas) for _ in range(2)} == both
@@ -63,3 +64,17 @@ async def test_a_busy_process_is_not_lost(processes: dict[str, int]) -> None:
         busy = await asyncio.gather(*(ask(replicas, milliseconds=BUSY_MS) for _ in addresses))
     assert set(busy) == {processes[address] for address in addresses}
     assert [event.what for event in events.seen] == ["live", "live"]
+
+
+async def test_64_calls_under_way_survive_a_killed_process(processes: dict[str, int]) -> None:
+    other, doomed = next(iter(processes)), list(processes)[-1]
+    async with replica_set(other, doomed) as (replicas, events):
+        started = [asyncio.create_task(ask(replicas, milliseconds=20)) for _ in range(128)]
+        while min(replica.calls_under_way for replica in replicas.replicas) < 64:
+            await asyncio.sleep(0)
+        os.kill(processes[doomed], signal.SIGKILL)
+        answers = Counter(await asyncio.gather(*started))
+        assert answers[processes[other]] > 100
+        assert answers.keys() <= {processes[other], processes[doomed]}
+        assert events.count("lost", doomed) == 1
+        assert events.count("retried", other) == answers[processes[other]] - 64
