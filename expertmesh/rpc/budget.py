@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from expertmesh.errors import MeshError, Overloaded, Unavailable
+
 
 class Budget:
     """A bucket of tokens; every call adds a part of one, and a call more takes one.
@@ -34,3 +36,10 @@ class Budget:
             return False
         self.tokens -= 1
         return True
+
+
+def exhausted(service: str, error: MeshError) -> MeshError:
+    """What a caller is told of a failure that would be worth another call, were there a token for it."""
+    if isinstance(error, Overloaded):
+        return error
+    return Unavailable(f"too many calls to {service} had to be repeated lately; this one failed: {error}", service)

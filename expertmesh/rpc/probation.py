@@ -6,7 +6,7 @@ The replies of pure calls are the same bits wherever they are computed, so what 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isnan
 from typing import Any, Generic, TypeVar
@@ -16,6 +16,7 @@ from expertmesh.rpc.ejection import SLOW_S, SLOW_TIMES, Why
 from expertmesh.rpc.latency import Times
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replica import Replica, State
+from expertmesh.telemetry import metrics
 
 ReplyT = TypeVar("ReplyT")
 
@@ -44,17 +45,28 @@ class Witness(Generic[ReplyT]):
 
 
 class Probation:
-    """The proofs that the replicas of one service are giving."""
+    """The proofs that the replicas of one service are giving.
 
-    def __init__(self) -> None:
+    Args:
+        service: Its name.
+    """
+
+    def __init__(self, service: str) -> None:
+        self._calls = metrics.CALLS.labels(service, "proof")
         self._address2task: dict[str, asyncio.Task[None]] = {}
 
-    def has(self, replica: Replica) -> bool:
-        """Whether a proof of it is under way."""
-        return replica.address in self._address2task
+    def next_of(self, replicas: Sequence[Replica]) -> Replica | None:
+        """A replica that has to prove itself and is not just about to."""
+        for one in replicas:
+            if one.state is State.ON_PROBATION and one.address not in self._address2task:
+                return one
+        return None
 
     def begin(self, replica: Replica, method: str, request: Any, witness: Witness[Any], times: Times) -> None:
-        """Has a replica answer what another has answered."""
+        """Has a replica answer what another has answered, unless it is about to answer something."""
+        if replica.address in self._address2task:
+            return
+        self._calls.inc()
         task = asyncio.create_task(_prove(replica, method, request, witness, times))
         self._address2task[replica.address] = task
         task.add_done_callback(lambda _: self._address2task.pop(replica.address))

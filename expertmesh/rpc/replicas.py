@@ -29,7 +29,7 @@ from expertmesh.errors import (
     WrongPart,
 )
 from expertmesh.rpc.asked import Asked
-from expertmesh.rpc.budget import Budget
+from expertmesh.rpc.budget import Budget, exhausted
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.ejection import SLOW_S
 from expertmesh.rpc.hedging import Hedging, Race, size_of
@@ -79,20 +79,12 @@ class ReplicaSet:
         self._turns = count(1)
         self._notify = notify
         self._retries = Budget(RETRIES_PER_CALL, MOST_RETRIES, MOST_RETRIES)
-        self._hedging, self._latency, self._probation = Hedging(), Latency(), Probation()
-        self._why2calls = {why: metrics.CALLS.labels(name, why) for why in ("first", "retry", "hedge", "proof")}
+        self._hedging, self._latency, self._probation = Hedging(), Latency(), Probation(name)
+        self._why2calls = {why: metrics.CALLS.labels(name, why) for why in ("first", "retry", "hedge")}
         self._jury = Jury(lambda: self.live)
+        told = admit, self._follow_event, self._can_compare
         self.replicas = [
-            Replica(
-                name,
-                address,
-                channel,
-                stub,
-                open_link(address, channel, name),
-                admit,
-                self._follow_event,
-                self._can_compare,
-            )
+            Replica(name, address, channel, stub, open_link(address, channel, name), *told)
             for address, channel in ((address, open_channel(address)) for address in addresses)
         ]
         self._tasks: list[asyncio.Task[None]] = []
@@ -171,7 +163,7 @@ class ReplicaSet:
                 # what was under way when a connection ended is repeated freely: it cannot happen again to these calls
                 is_free = isinstance(error, Unavailable) and not replica.is_connected
                 if not is_free and not self._retries.take():
-                    raise self._exhausted(error) from None
+                    raise exhausted(self.name, error) from None
             why = "retry"
 
     async def stream(
@@ -210,7 +202,7 @@ class ReplicaSet:
     async def _attempt_with_peers(self, asked: Asked[ReplyT], replica: Replica, why: str, times: Times) -> ReplyT:
         """An attempt that another replica takes part in if this one is late, and that proves a third one."""
         self._hedging.earn()
-        proving = self._proving()
+        proving = self._probation.next_of(self.replicas)
         if proving is not None and not isinstance(asked.read, Witness):
             asked.read = Witness(asked.read)
         delay_s = self._hedging.delay_s(times)
@@ -225,8 +217,7 @@ class ReplicaSet:
                 times.add(waited_s)
                 replica.record.late(waited_s, times.median_s)
                 self._jury.look(replica)
-        if proving is not None and isinstance(asked.read, Witness) and not self._probation.has(proving):
-            self._why2calls["proof"].inc()
+        if proving is not None and isinstance(asked.read, Witness):
             self._probation.begin(proving, asked.method, asked.request, asked.read, times)
         return answer
 
@@ -282,12 +273,6 @@ class ReplicaSet:
             suspect.refuse("it computed rows that are not finite where another replica's are")
         return answer
 
-    def _proving(self) -> Replica | None:
-        for one in self.replicas:
-            if one.state is State.ON_PROBATION and not self._probation.has(one):
-                return one
-        return None
-
     def _can_compare(self) -> bool:
         """Whether a replica that was ejected can be compared with another before it returns."""
         return bool(self.live) and not self._jury.keeps_sequences
@@ -298,11 +283,6 @@ class ReplicaSet:
             for one in self.replicas:
                 if one.address != happened.address:
                     one.pardon("nobody else is left")
-
-    def _exhausted(self, error: Exception) -> Exception:
-        if isinstance(error, Overloaded):
-            return error
-        return Unavailable(f"too many calls to {self.name} had to be repeated lately; the last one: {error}", self.name)
 
     def _wrong(self, replica: Replica, error: Exception) -> CorruptReply:
         replica.refuse(str(error))
