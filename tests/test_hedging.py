@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from expertmesh import wire
 from expertmesh.errors import DeadlineExceeded, Unavailable
 from expertmesh.rpc import hedging
+from expertmesh.rpc.alarms import Alarms
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.hedging import Hedging, Race, size_of
 from expertmesh.rpc.latency import LEAST, Latency, Times
@@ -45,16 +47,33 @@ class Track:
     def __init__(self, waits: list[float] | None = None) -> None:
         self.first, self.second = Runner(), Runner()
         self._waits = waits or []
-        self.race: Race[str] = Race(0.0, self._begin)
+        self.race: Race[str] = Race(Alarms(), monotonic(), self._begin)
 
     def _begin(self) -> Coroutine[Any, Any, str] | float:
-        return self._waits.pop() if self._waits else self.second.run()
+        return monotonic() + self._waits.pop() if self._waits else self.second.run()
 
     async def start(self) -> asyncio.Task[str]:
         task = asyncio.create_task(self.race.run(self.first.run()))
         async with asyncio.timeout(WAIT_S):
             await self.second.begun.wait()
         return task
+
+
+async def test_alarms_ring_in_time_and_once_unless_they_are_withdrawn() -> None:
+    alarms, rung = Alarms(), asyncio.Queue[tuple[int, float]]()
+    started_s = monotonic()
+    rings = [lambda number=number: rung.put_nowait((number, monotonic())) for number in range(4)]
+    for number, delay_s in enumerate((0.2, 0.05, 0.1, 0.0)):
+        alarms.set(rings[number], started_s + delay_s)
+    alarms.withdraw(rings[2])
+    async with asyncio.timeout(WAIT_S):
+        told = [await rung.get() for _ in range(3)]
+    assert [number for number, _ in told] == [3, 1, 0]
+    assert all(at_s - started_s >= delay_s for (_, at_s), delay_s in zip(told, (0.0, 0.05, 0.2), strict=True))
+    alarms.set(rings[0], monotonic())
+    alarms.close()
+    await asyncio.sleep(0.01)
+    assert rung.empty()
 
 
 async def test_the_second_answers_in_place_of_the_first() -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
+from contextvars import copy_context
 from typing import Any, Generic, TypeVar
 
 from expertmesh.errors import DeadlineExceeded
+from expertmesh.rpc.alarms import Alarms
 from expertmesh.rpc.budget import Budget
 from expertmesh.rpc.latency import Times
 
@@ -53,10 +55,14 @@ class Hedging:
 
     One call in twenty is later than that by nature, so the lower half of the budget is kept for those that are
     `TIMES_FOR_ALL` as late: such as are asked of a replica that hangs.
+
+    Attributes:
+        alarms: Tell which calls are late.
     """
 
     def __init__(self) -> None:
         self._budget = Budget(PER_CALL, MOST, 0.0)
+        self.alarms = Alarms()
 
     def earn(self) -> None:
         """A call was made that may be hedged."""
@@ -75,24 +81,28 @@ class Hedging:
 
 
 class Race(Generic[AnswerT]):
-    """A call, and a second one that is begun if the first is late. Without a second one it costs a timer.
+    """A call, and a second one that is begun if the first is late.
 
     Args:
-        delay_s: When the first is late.
-        second: Is asked then for the second call, or for how much longer to wait; None: there will be none.
+        alarms: Tells that the first is late.
+        late_s: When it is, on the clock of `time.monotonic`.
+        second: Is asked then for the second call, or for the time to ask again; None: there will be none.
         arguments: Of that.
 
     Attributes:
         second_won: Whether the second has answered while the first had not.
     """
 
-    __slots__ = ("_arguments", "_delay_s", "_is_over", "_other", "_second", "_task", "_timer", "second_won")
+    __slots__ = (
+        "_alarms", "_arguments", "_context", "_is_over", "_late_s", "_other", "_second", "_task", "second_won"
+    )  # fmt: skip
 
-    def __init__(self, delay_s: float, second: Second[AnswerT], arguments: tuple[Any, ...] = ()) -> None:
-        self._delay_s, self._second, self._arguments = delay_s, second, arguments
+    def __init__(self, alarms: Alarms, late_s: float, second: Second[AnswerT], arguments: tuple[Any, ...] = ()) -> None:
+        self._alarms, self._late_s = alarms, late_s
+        self._second, self._arguments = second, arguments
+        self._context = copy_context()  # the second call is of the same request
         self._other: asyncio.Task[AnswerT] | None = None
         self._task: asyncio.Task[Any] | None = None
-        self._timer: asyncio.TimerHandle | None = None
         self._is_over = self.second_won = False
 
     async def run(self, first: Coroutine[Any, Any, AnswerT]) -> AnswerT:
@@ -103,7 +113,7 @@ class Race(Generic[AnswerT]):
         """
         self._task = task = asyncio.current_task()
         cancelling = task.cancelling() if task is not None else 0
-        self._timer = asyncio.get_running_loop().call_later(self._delay_s, self._late)
+        self._alarms.set(self, self._late_s)
         try:
             return await first
         except BaseException as error:
@@ -113,25 +123,21 @@ class Race(Generic[AnswerT]):
                 return self._other.result()
             if self._other is None or isinstance(error, asyncio.CancelledError | DeadlineExceeded):
                 raise
-            self._end()
+            self._is_over = True
             return await self._other
         finally:
-            self._end()
+            self._is_over = True
+            self._alarms.withdraw(self)
             if self._other is not None:
                 self._other.cancel()
 
-    def _end(self) -> None:
-        """The first is over: nothing is begun any more, and nobody is to be woken."""
-        self._is_over = True
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _late(self) -> None:
-        second = self._second(*self._arguments)
+    def __call__(self) -> None:
+        """The first is late."""
+        second = self._context.run(self._second, *self._arguments)
         if isinstance(second, float):
-            self._timer = asyncio.get_running_loop().call_later(second, self._late)
+            self._alarms.set(self, second)
         elif second is not None:
-            self._other = asyncio.create_task(second)
+            self._other = asyncio.get_running_loop().create_task(second, context=self._context)
             self._other.add_done_callback(self._answered)
 
     def _answered(self, other: asyncio.Task[AnswerT]) -> None:

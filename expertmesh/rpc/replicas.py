@@ -102,6 +102,7 @@ class ReplicaSet:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._probation.close()
+        self._hedging.alarms.close()
         for replica in self.replicas:
             await replica.close()
 
@@ -210,7 +211,7 @@ class ReplicaSet:
             answer = await self._attempt(asked, replica, why)
         else:
             started_s = monotonic()
-            race = Race(delay_s, self._second, (asked, times, started_s))
+            race = Race(self._hedging.alarms, started_s + delay_s, self._second, (asked, times, started_s))
             answer = await race.run(self._attempt(asked, replica, why))
             if race.second_won:
                 waited_s = monotonic() - started_s
@@ -224,13 +225,14 @@ class ReplicaSet:
     def _second(
         self, asked: Asked[ReplyT], times: Times, started_s: float
     ) -> Coroutine[Any, Any, ReplyT] | float | None:
-        """A call to another than the one that is late; or how much longer to wait for that; None: there is nobody."""
+        """A call to another than the one that is late; or when to ask again; None: there is nobody."""
         other = self._pick(asked.tried)
         if other is None or other.address in asked.tried:
             return None
-        allowed = self._hedging.allows(monotonic() - started_s, times)
+        now_s = monotonic()
+        allowed = self._hedging.allows(now_s - started_s, times)
         if isinstance(allowed, float):
-            return allowed
+            return now_s + allowed
         return self._attempt(asked, other, "hedge") if allowed else None
 
     async def _attempt(self, asked: Asked[ReplyT], replica: Replica, why: str) -> ReplyT:
