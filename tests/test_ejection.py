@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import grpc
 import pytest
@@ -10,9 +11,13 @@ import pytest
 from expertmesh.errors import MeshError, NotFinite, Unavailable
 from expertmesh.rpc import ejection
 from expertmesh.rpc.ejection import FAILURES_IN_ROW, FORGIVEN_S, LATE_IN_ROW, PAUSE_MOST_S, Record, Why
+from expertmesh.rpc.latency import Times
+from expertmesh.rpc.origin import Origin
+from expertmesh.rpc.probation import Probation, Witness
 from expertmesh.rpc.replica import State
 from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.telemetry import metrics
+from expertmesh.v1.inference_pb2 import Classification, ClassifyResponse
 from tests.doubles.moody import Moody
 from tests.replica_sets import WAIT_S, ask, replica_set, served
 
@@ -220,3 +225,40 @@ async def test_what_is_not_finite_anywhere_ejects_nobody() -> None:
             with pytest.raises(NotFinite):
                 await ask(replicas)
         assert events.count("ejected") == 0
+
+
+class Answering:
+    """In place of a full model: it answers with what it is given, and remembers what was made of that."""
+
+    def __init__(self, reply: ClassifyResponse) -> None:
+        self.address, self.state, self.record = "somewhere", State.ON_PROBATION, Record()
+        self._reply = reply
+        self.verdicts: list[str] = []
+
+    async def attempt(self, method: str, request: Any, timeout_s: float, read: Any, patience_s: float) -> Any:
+        return read(self._reply, Origin("", "cpu"))
+
+    def acquit(self, reason: str) -> None:
+        self.verdicts.append("acquitted")
+
+    def refuse(self, reason: str) -> None:
+        self.verdicts.append("refused")
+
+
+def classified(logit: float, **more: Any) -> ClassifyResponse:
+    return ClassifyResponse(results=[Classification(logits=[logit], route=more.pop("route", 0))], **more)
+
+
+@pytest.mark.parametrize(
+    ("logit", "profile", "verdict"), [(1, "cpu", "acquitted"), (2, "cpu", "refused"), (2, "cuda", "acquitted")]
+)
+async def test_numbers_are_compared_where_profiles_are_the_same(logit: float, profile: str, verdict: str) -> None:
+    witness = Witness(lambda reply, origin: reply)
+    witness(classified(1, request_id="a", route=1), Origin("", profile))
+    full_model = Answering(classified(logit, request_id="b"))
+    probation = Probation("full_model")
+    probation.begin(full_model, "Classify", None, witness, Times())
+    async with asyncio.timeout(WAIT_S):
+        while not full_model.verdicts:
+            await asyncio.sleep(0)
+    assert full_model.verdicts == [verdict]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from expertmesh.errors import MeshError, Overloaded, Unavailable
 
+PER_CALL, MOST = 0.1, 16.0  # of calls that are repeated
+
 
 class Budget:
     """A bucket of tokens; every call adds a part of one, and a call more takes one.

@@ -29,7 +29,7 @@ from expertmesh.errors import (
     WrongPart,
 )
 from expertmesh.rpc.asked import Asked
-from expertmesh.rpc.budget import Budget, exhausted
+from expertmesh.rpc.budget import MOST, PER_CALL, Budget, exhausted
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.ejection import SLOW_S
 from expertmesh.rpc.hedging import Hedging, Race, size_of
@@ -43,9 +43,6 @@ from expertmesh.telemetry import metrics
 from expertmesh.v1.description_pb2 import DescribeResponse
 
 ReplyT = TypeVar("ReplyT")
-
-RETRIES_PER_CALL = 0.1
-MOST_RETRIES = 16.0
 
 
 class ReplicaSet:
@@ -78,7 +75,7 @@ class ReplicaSet:
         self._refusals_are_faults = refusals_are_faults
         self._turns = count(1)
         self._notify = notify
-        self._retries = Budget(RETRIES_PER_CALL, MOST_RETRIES, MOST_RETRIES)
+        self._retries = Budget(PER_CALL, MOST, MOST)
         self._hedging, self._latency, self._probation = Hedging(), Latency(), Probation(name)
         self._why2calls = {why: metrics.CALLS.labels(name, why) for why in ("first", "retry", "hedge")}
         self._jury = Jury(lambda: self.live)
@@ -192,6 +189,7 @@ class ReplicaSet:
             async with aclosing(replica.stream(method, request, deadline.next_hop_s(), read)) as replies:
                 async for reply in replies:
                     yield reply
+            replica.record.answered()
         except NotFinite:
             raise
         except Unavailable as error:
