@@ -13,7 +13,7 @@ import pytest
 from expertmesh.errors import CorruptReply, DeadlineExceeded, InvalidInput, NotFinite, Unavailable, WrongPart
 from expertmesh.rpc import replica as module
 from expertmesh.rpc.channel import open_channel
-from expertmesh.rpc.replica import Replica, State, require_parts
+from expertmesh.rpc.replica import State, require_parts
 from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.v1.description_pb2 import DescribeResponse, Part
 from expertmesh.v1.embedding_pb2_grpc import EmbeddingServiceStub
@@ -267,14 +267,6 @@ async def test_nothing_is_left_behind() -> None:
             await ask(replicas)
             assert following(asyncio.all_tasks()) != set()
         assert following(asyncio.all_tasks()) == set()
-
-
-def test_a_name_with_several_processes_behind_it_may_be_tried_again() -> None:
-    def replica(address: str) -> Replica:
-        return Replica("expert", address, None, lambda channel: None, None, print, print)
-
-    assert replica("dns:///expert:50051").attempts == module.ATTEMPTS_BEHIND_ONE_NAME > 1
-    assert replica("127.0.0.1:50051").attempts == 1
 
 
 async def test_replicas_without_calls_under_way_take_turns() -> None:

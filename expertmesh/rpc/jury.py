@@ -32,7 +32,7 @@ class Jury:
 
     def failed(self, replica: Replica, reason: str) -> None:
         """Takes a replica that failed out of the traffic, for longer if it fails again and again."""
-        if replica.state is not State.LIVE:
+        if not replica.answers:
             return  # what fails after it was left is no news
         replica.record.failed()
         habit = replica.record.is_failing(self._peers(replica))

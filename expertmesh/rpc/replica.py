@@ -31,7 +31,6 @@ DESCRIBE_TIMEOUT_S = 1.0
 RETRY_FIRST_S = 0.1
 RETRY_MOST_S = 0.5
 RETRY_REFUSED_S = 2.0
-ATTEMPTS_BEHIND_ONE_NAME = 3
 
 
 class State(Enum):
@@ -39,6 +38,7 @@ class State(Enum):
 
     CONNECTING = "connecting"
     LIVE = "live"
+    DRAINING = "draining"  # about to stop, or not listed any more: it answers, and others are asked before it
     REFUSED = "refused"
     EJECTED = "ejected"
     ON_PROBATION = "on probation"
@@ -51,7 +51,7 @@ class ReplicaEvent:
     Attributes:
         service: Name of the service.
         address: The replica.
-        what: "live", "lost", "refused", "retried", "corrupt", "ejected" or "returned".
+        what: "live", "draining", "left", "lost", "refused", "retried", "corrupt", "ejected" or "returned".
         reason: Why, in words; may be empty.
     """
 
@@ -62,7 +62,7 @@ class ReplicaEvent:
 
 
 class Replica:
-    """One address of a service; behind a DNS name there may be several processes.
+    """One process of a service.
 
     Args:
         service: Name of the service.
@@ -73,6 +73,9 @@ class Replica:
         admit: Is shown what it says it holds; raises MeshError to refuse it.
         notify: Is told every event.
         must_prove: Whether one that was ejected is to answer as another does before it returns.
+
+    Attributes:
+        sequences: How many sequences have their caches there, as far as this program knows.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Replica:
         self.channel = channel
         self.state = State.CONNECTING
         self.description = DescribeResponse()
+        self.sequences = 0
         self.last_turn = 0
         self._caller = Caller(service, channel, stub, link)
         self._link = link
@@ -99,17 +103,33 @@ class Replica:
         self._must_prove = must_prove
         self.record = Record()
         self._left = asyncio.Event()
-        self._is_name = address.startswith("dns:")  # a stream would keep to one of the processes behind it
+        self._is_listed = True
+        self._told = ""  # why it could not be met, as last told
+        link.on_drain = self._follow_draining
 
     @property
     def links(self) -> bool:
         """Whether unary calls go over a link."""
-        return self.description.links and not self._is_name
+        return self.description.links
 
     @property
-    def attempts(self) -> int:
-        """How often one request may try this address."""
-        return ATTEMPTS_BEHIND_ONE_NAME if self._is_name else 1
+    def answers(self) -> bool:
+        """Whether it was met and is not lost: it is live, or draining."""
+        return self.state in (State.LIVE, State.DRAINING)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether calls are under way there, or sequences have their caches there."""
+        return self.answers and bool(self.calls_under_way or self.sequences)
+
+    def list(self, is_listed: bool) -> None:
+        """Says whether it still belongs to the service; one that does not is treated as one that drains."""
+        self._is_listed = is_listed
+        if not is_listed:
+            self._follow_draining()
+        elif self.state is State.DRAINING and not self._link.is_draining:
+            self.state = State.LIVE
+            self.tell("live")
 
     @property
     def calls_under_way(self) -> int:
@@ -140,7 +160,7 @@ class Replica:
 
     def lose(self, reason: str) -> None:
         """Takes it out of the traffic until it describes itself again."""
-        if self.state in (State.LIVE, State.ON_PROBATION):
+        if self.answers or self.state is State.ON_PROBATION:
             self._leave(State.CONNECTING, "lost", reason)
 
     def refuse(self, reason: str) -> None:
@@ -164,7 +184,7 @@ class Replica:
     def acquit(self, reason: str) -> None:
         """Takes it back."""
         self.record.why = None
-        self.state = State.LIVE
+        self.state = self._standing()
         self.tell("returned", reason)
 
     def tell(self, what: str, reason: str = "") -> None:
@@ -207,14 +227,18 @@ class Replica:
             if self.state is not State.CONNECTING:
                 self._leave(State.CONNECTING, "lost", error.code().name)
             return False
-        if self.state is State.LIVE:
+        if self.answers:
             return True  # it was taken back meanwhile
         try:
             require_message(description)
             self._admit(description)
-            if description.links and not self._is_name:
+            self._link.is_draining = description.draining
+            if description.links:
                 await self._link.open(DESCRIBE_TIMEOUT_S)
-        except Unavailable:
+        except Unavailable as error:
+            if self._told != str(error):
+                self._told = str(error)
+                self.tell("refused", self._told)
             return False
         except MeshError as error:
             if self.state is not State.REFUSED:
@@ -222,9 +246,10 @@ class Replica:
             return False
         self.description = description
         self._caller.meet(description, self.links)
+        self._told = ""
         if self.record.why is None:
-            self.state = State.LIVE
-            self.tell("live")
+            self.state = self._standing()
+            self.tell(self.state.value)
         elif self.record.pause_s > 0:
             self.state = State.EJECTED
         elif self._must_prove():
@@ -232,6 +257,15 @@ class Replica:
         else:
             self.acquit("its time is over, and there is nobody to compare it with")
         return True
+
+    def _standing(self) -> State:
+        """What it is if nothing is held against it."""
+        return State.LIVE if self._is_listed and not self._link.is_draining else State.DRAINING
+
+    def _follow_draining(self) -> None:
+        if self.state is State.LIVE:
+            self.state = State.DRAINING
+            self.tell("draining")
 
     async def _until_left(self) -> None:
         """Waits until its state changes for the worse, its connection is gone, or its pause is over."""
@@ -262,7 +296,7 @@ class Replica:
         self.tell(what, reason)
 
 
-_MET = (State.LIVE, State.EJECTED, State.ON_PROBATION)
+_MET = (State.LIVE, State.DRAINING, State.EJECTED, State.ON_PROBATION)
 
 
 def require_parts(description: DescribeResponse, kind: str, model_digest: str, parts: dict[str, bytes]) -> None:

@@ -7,7 +7,6 @@ far as the budget allows. A pure call that is late is given to another replica t
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
@@ -36,9 +35,11 @@ from expertmesh.rpc.hedging import Hedging, Race, size_of
 from expertmesh.rpc.jury import Jury
 from expertmesh.rpc.latency import Latency, Times
 from expertmesh.rpc.link.channel import LinkChannel
+from expertmesh.rpc.members import Members
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.probation import Probation, Witness
 from expertmesh.rpc.replica import Replica, ReplicaEvent, State
+from expertmesh.rpc.resolver import Names
 from expertmesh.telemetry import metrics
 from expertmesh.v1.description_pb2 import DescribeResponse
 
@@ -58,6 +59,7 @@ class ReplicaSet:
         refusals_are_faults: Whether a call that is refused is the replica's fault, as it is where requests are made
             by the mesh itself; otherwise it is the caller's.
         open_link: Makes what unary calls go over, of address, channel and name.
+        names: Makes what looks DNS names up.
     """
 
     def __init__(
@@ -70,43 +72,64 @@ class ReplicaSet:
         notify: Callable[[ReplicaEvent], None],
         refusals_are_faults: bool = False,
         open_link: Callable[[str, grpc.aio.Channel, str], LinkChannel] = LinkChannel,
+        names: Callable[[Callable[[list[str]], None]], Names] = Names,
     ) -> None:
         self.name = name
         self._refusals_are_faults = refusals_are_faults
         self._turns = count(1)
-        self._notify = notify
         self._retries = Budget(PER_CALL, MOST, MOST)
         self._hedging, self._latency, self._probation = Hedging(), Latency(), Probation(name)
         self._why2calls = {why: metrics.CALLS.labels(name, why) for why in ("first", "retry", "hedge")}
         self._jury = Jury(lambda: self.live)
         told = admit, self._follow_event, self._can_compare
-        self.replicas = [
-            Replica(name, address, channel, stub, open_link(address, channel, name), *told)
-            for address, channel in ((address, open_channel(address)) for address in addresses)
-        ]
-        self._tasks: list[asyncio.Task[None]] = []
+
+        def make(address: str) -> Replica:
+            channel = open_channel(address)
+            return Replica(name, address, channel, stub, open_link(address, channel, name), *told)
+
+        self._notify = notify
+        self._members = Members(make, addresses, names)
 
     async def __aenter__(self) -> Self:
         """Starts to follow every replica."""
-        self._tasks = [asyncio.create_task(replica.follow()) for replica in self.replicas]
+        await self._members.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Ends that and closes the channels."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._probation.close()
         self._hedging.alarms.close()
-        for replica in self.replicas:
-            await replica.close()
+        await self._members.__aexit__(kind, error, traceback)
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """Those that belong to it, and those that leave and are not gone yet."""
+        return self._members.replicas
 
     @property
     def live(self) -> list[Replica]:
-        """The replicas that may get traffic."""
-        return [replica for replica in self.replicas if replica.state is State.LIVE]
+        """The replicas that may get traffic: those that drain only where there are no others."""
+        return self._members.live
+
+    @property
+    def has_live(self) -> bool:
+        """Whether a replica is live that does not drain."""
+        return any(one.state is State.LIVE for one in self.replicas)
+
+    @property
+    def are_met(self) -> bool:
+        """Whether every address has a live replica, which of a name's may be any."""
+        return self._members.are_met
+
+    def set_addresses(self, addresses: Sequence[str]) -> None:
+        """Lets replicas join and leave; what is under way at one that leaves ends in peace."""
+        self._members.set_addresses(addresses)
+
+    async def leave(self) -> None:
+        """Lets every replica leave, and waits until they are gone."""
+        await self._members.leave()
 
     def unavailable(self) -> Unavailable:
         """The error that says that nobody is left."""
@@ -250,10 +273,9 @@ class ReplicaSet:
             )
         except (NotFinite, NonFiniteInput) as error:
             asked.suspects.append(replica)
-            raise NotFinite(f"{self.name}: {error}") from None
+            raise NotFinite(f"{self.name}: {error}", self.name, asked.suspects) from None
         except Unavailable as error:
-            if asked.tried.count(replica.address) >= replica.attempts:
-                self._jury.failed(replica, str(error))
+            self._jury.failed(replica, str(error))
             raise
         except CorruptReply as error:
             raise self._wrong(replica, error) from None
@@ -278,22 +300,25 @@ class ReplicaSet:
         return bool(self.live) and not self._jury.keeps_sequences
 
     def _follow_event(self, happened: ReplicaEvent) -> None:
+        if happened.what == "lost":
+            self._members.look_up()  # whoever took its place may have another address
         self._notify(happened)
-        if happened.what in ("lost", "ejected", "refused") and not self.live:
+        if happened.what in ("lost", "ejected", "refused", "draining") and not self.has_live:
             for one in self.replicas:
                 if one.address != happened.address:
                     one.pardon("nobody else is left")
 
     def _wrong(self, replica: Replica, error: Exception) -> CorruptReply:
         replica.refuse(str(error))
-        return CorruptReply(f"{self.name} gave a reply that cannot be right: {error}")
+        return CorruptReply(f"{self.name} gave a reply that cannot be right: {error}", self.name)
 
     def _pick(self, tried: Sequence[str], at: Replica | None = None) -> Replica | None:
+        if at is not None:
+            return at if at.answers and at.address not in tried else None
         best, least = None, (inf, inf, inf)
         for one in self.replicas:
-            if one.state is not State.LIVE or (at is not None and one is not at):
-                continue
-            times = tried.count(one.address) if tried else 0
-            if times < one.attempts and (times, one.calls_under_way, one.last_turn) < least:
-                best, least = one, (times, one.calls_under_way, one.last_turn)
+            if one.answers and one.address not in tried:
+                rank = (one.state is State.DRAINING, one.calls_under_way, one.last_turn)
+                if rank < least:
+                    best, least = one, rank
         return best

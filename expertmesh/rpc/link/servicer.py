@@ -28,6 +28,8 @@ from expertmesh.v1.description_pb2 import DescribeResponse
 from expertmesh.v1.link_pb2 import LinkRequest, LinkResponse
 
 MOST_CALLS = 1024  # under way on one link
+QUIET_S = 0.3  # callers that send nothing for so long have let go
+LOOK_EVERY_S = 0.02
 Answer = Callable[[LinkRequest, Any], Awaitable["bytes | Failure"]]
 
 
@@ -92,6 +94,30 @@ class LinkServicer:
         async with socket.listening(listen.removeprefix("unix:") + LINK_SUFFIX, self._accept):
             yield
 
+    def announce(self) -> None:
+        """Tells whoever has a link that this process drains; calls are still served."""
+        self.description.draining = True
+        for calls in self._links:
+            calls.introduce(self.description)
+
+    async def let_go(self, is_idle: Callable[[], bool], timeout_s: float) -> None:
+        """Waits until callers have let go: no link is left, or none has had a call for a while.
+
+        Args:
+            is_idle: Whether nothing is kept here for later calls.
+            timeout_s: The longest that is waited.
+        """
+        quiet_since_s = time.monotonic()
+        give_up_s = quiet_since_s + timeout_s
+        taken = -1
+        while self._links and time.monotonic() < give_up_s:
+            now_taken = sum(calls.taken for calls in self._links)
+            if now_taken != taken or any(calls.is_busy for calls in self._links) or not is_idle():
+                taken, quiet_since_s = now_taken, time.monotonic()
+            if time.monotonic() - quiet_since_s >= QUIET_S:
+                return
+            await asyncio.sleep(LOOK_EVERY_S)
+
     def drain(self) -> None:
         """Takes no more calls; links end when what is under way on them is done."""
         self._draining = True
@@ -137,9 +163,10 @@ class LinkServicer:
     def _begin(self, calls: _Calls, connection: Connection) -> None:
         self._links.add(calls)
         calls.connection = connection
-        connection.send(LinkResponse(), self.description.SerializeToString())
         if self._draining:
             calls.settle()
+        else:
+            calls.introduce(self.description)
 
     def _forget(self, calls: _Calls) -> None:
         self._links.discard(calls)
@@ -164,7 +191,7 @@ class LinkServicer:
 
 
 class _Calls:
-    """The calls of one link.
+    """The calls of one link; `taken` counts them.
 
     Args:
         path2handler: The methods there are.
@@ -176,6 +203,17 @@ class _Calls:
         self._under_way: dict[int, asyncio.Task[None]] = {}
         self._settling = False
         self.connection: Connection | None = None
+        self.taken = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether calls are under way."""
+        return bool(self._under_way)
+
+    def introduce(self, description: DescribeResponse) -> None:
+        """Says who is here; again, when that has changed."""
+        if self.connection is not None:
+            self.connection.send(LinkResponse(), description.SerializeToString())
 
     def take(self, request: LinkRequest, message: bytes | memoryview) -> None:
         """Starts a call, or cancels one."""
@@ -196,6 +234,7 @@ class _Calls:
                 read = error
             task = asyncio.create_task(self._serve(request, read))
             self._under_way[request.call] = task
+            self.taken += 1
             task.add_done_callback(lambda _: self._served(request.call))  # one cancelled before it began has no finally
 
     def settle(self) -> None:
