@@ -57,7 +57,7 @@ async def test_where_every_replica_is_bad_there_is_no_storm(make: type[Honest]) 
 async def test_a_busy_replica_is_not_at_fault_and_another_answers() -> None:
     busy, other = overloaded(), Honest(2.0)
     async with served(busy, other) as addresses, replica_set(*addresses) as (replicas, events):
-        replicas._refusals_are_faults = True
+        replicas._failover.refusals_are_faults = True
         assert [await ask(replicas) for _ in range(8)] == [2.0] * 8
         assert busy.calls > 1
         assert len(replicas.live) == 2
@@ -67,7 +67,7 @@ async def test_a_busy_replica_is_not_at_fault_and_another_answers() -> None:
 async def test_without_tokens_a_failure_is_told_at_once() -> None:
     refusing, other = Refusing(), Honest(2.0)
     async with served(refusing, other) as addresses, replica_set(*addresses) as (replicas, _):
-        while replicas._retries.take():
+        while replicas._failover.retries.take():
             pass
         told = await asyncio.gather(*(ask(replicas) for _ in range(2)), return_exceptions=True)
     (failure,) = [one for one in told if one != 2.0]

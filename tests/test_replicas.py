@@ -12,8 +12,9 @@ import pytest
 
 from expertmesh.errors import CorruptReply, DeadlineExceeded, InvalidInput, NotFinite, Unavailable, WrongPart
 from expertmesh.rpc import replica as module
+from expertmesh.rpc.admission import require_parts
 from expertmesh.rpc.channel import open_channel
-from expertmesh.rpc.replica import State, require_parts
+from expertmesh.rpc.replica import State
 from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.v1.description_pb2 import DescribeResponse, Part
 from expertmesh.v1.embedding_pb2_grpc import EmbeddingServiceStub
@@ -304,7 +305,7 @@ def test_a_replica_started_with_another_manifest_is_refused() -> None:
 async def test_within_the_mesh_a_refused_call_is_the_replicas_fault(code: grpc.StatusCode) -> None:
     refusing, honest = Refusing(code), Honest(2.0)
     async with served(refusing, honest) as addresses, replica_set(*addresses) as (replicas, events):
-        replicas._refusals_are_faults = True
+        replicas._failover.refusals_are_faults = True
         assert [await ask(replicas) for _ in range(4)] == [2.0] * 4
         assert events.count("corrupt", addresses[0]) == refusing.calls <= 1
 

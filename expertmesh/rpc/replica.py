@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from expertmesh.errors import MeshError, Unavailable, WrongPart
+from expertmesh.errors import MeshError, Unavailable
 from expertmesh.rpc.caller import Caller, require_message
 from expertmesh.rpc.ejection import Record, Why
 from expertmesh.rpc.link.channel import LinkChannel
@@ -297,21 +297,3 @@ class Replica:
 
 
 _MET = (State.LIVE, State.DRAINING, State.EJECTED, State.ON_PROBATION)
-
-
-def require_parts(description: DescribeResponse, kind: str, model_digest: str, parts: dict[str, bytes]) -> None:
-    """Refuses a replica that is of another kind or model, or that misses parts or has others.
-
-    Raises:
-        WrongPart: Says which.
-    """
-    if description.kind != kind:
-        raise WrongPart(f"it is a {description.kind or 'stranger'}, not a {kind}")
-    if description.model_digest != model_digest:
-        raise WrongPart("it was started with another manifest")
-    held = {part.name: part.digest for part in description.parts}
-    for name, digest in parts.items():
-        if name not in held:
-            raise WrongPart(f"it does not hold {name}")
-        if held[name] != digest:
-            raise WrongPart(f"it holds another {name} than the manifest names")

@@ -1,18 +1,12 @@
-"""The replicas of one service: who gets a call, and who gets it next if the first is gone or wrong.
+"""The replicas of one service: who is in it, and calls that are answered by any of them.
 
-A call goes to the live replica with the fewest calls under way, among equals in turn; one that fails because the
-replica is gone, or that is answered with something that cannot be right, is repeated on another within the deadline, as
-far as the budget allows. A pure call that is late is given to another replica too.
+See `rpc.members` for who comes, goes and is asked next, `rpc.failover` for what a call does when a replica fails it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from itertools import count
-from math import inf
-from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -20,27 +14,16 @@ import grpc.aio
 
 from expertmesh.errors import (
     CorruptReply,
-    InvalidInput,
-    NonFiniteInput,
     NotFinite,
-    Overloaded,
     Unavailable,
-    WrongPart,
 )
-from expertmesh.rpc.asked import Asked
-from expertmesh.rpc.budget import MOST, PER_CALL, Budget, exhausted
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.ejection import SLOW_S
-from expertmesh.rpc.hedging import Hedging, Race, size_of
-from expertmesh.rpc.jury import Jury
-from expertmesh.rpc.latency import Latency, Times
+from expertmesh.rpc.failover import Failover
 from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.members import Members
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.probation import Probation, Witness
 from expertmesh.rpc.replica import Replica, ReplicaEvent, State
 from expertmesh.rpc.resolver import Names
-from expertmesh.telemetry import metrics
 from expertmesh.v1.description_pb2 import DescribeResponse
 
 ReplyT = TypeVar("ReplyT")
@@ -75,12 +58,6 @@ class ReplicaSet:
         names: Callable[[Callable[[list[str]], None]], Names] = Names,
     ) -> None:
         self.name = name
-        self._refusals_are_faults = refusals_are_faults
-        self._turns = count(1)
-        self._retries = Budget(PER_CALL, MOST, MOST)
-        self._hedging, self._latency, self._probation = Hedging(), Latency(), Probation(name)
-        self._why2calls = {why: metrics.CALLS.labels(name, why) for why in ("first", "retry", "hedge")}
-        self._jury = Jury(lambda: self.live)
         told = admit, self._follow_event, self._can_compare
 
         def make(address: str) -> Replica:
@@ -89,6 +66,7 @@ class ReplicaSet:
 
         self._notify = notify
         self._members = Members(make, addresses, names)
+        self._failover = Failover(name, self._members, refusals_are_faults)
 
     async def __aenter__(self) -> Self:
         """Starts to follow every replica."""
@@ -99,8 +77,7 @@ class ReplicaSet:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Ends that and closes the channels."""
-        await self._probation.close()
-        self._hedging.alarms.close()
+        await self._failover.close()
         await self._members.__aexit__(kind, error, traceback)
 
     @property
@@ -133,18 +110,16 @@ class ReplicaSet:
 
     def unavailable(self) -> Unavailable:
         """The error that says that nobody is left."""
-        states = Counter(replica.state.value for replica in self.replicas)
-        told = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
-        return Unavailable(f"no replica of {self.name} answers ({told})", self.name)
+        return self._members.unavailable(self.name)
 
-    async def call(
+    def call(
         self,
         method: str,
         request: Any,
         deadline: Deadline,
         read: Callable[[Any, Origin], ReplyT],
         at: Replica | None = None,
-    ) -> ReplyT:
+    ) -> Coroutine[Any, Any, ReplyT]:
         """Calls one replica, and others if that is lost or answers wrongly.
 
         Args:
@@ -162,30 +137,7 @@ class ReplicaSet:
             Overloaded: The last replica that was left has too much to do.
             MeshError: The service refused the call.
         """
-        times = None
-        if at is not None:
-            self._jury.keeps_sequences = True
-        elif (size := size_of(method, request)) is not None:
-            times = self._latency.of(method, size)
-        asked = Asked(method, request, deadline, read, at, times)
-        self._retries.earn()
-        why = "first"
-        while True:
-            replica = self._pick(asked.tried, at)
-            if replica is None:
-                raise self.unavailable()
-            try:
-                if times is None or len(self.replicas) == 1:
-                    return await self._attempt(asked, replica, why)
-                return await self._attempt_with_peers(asked, replica, why, times)
-            except (Unavailable, CorruptReply, Overloaded) as error:
-                if self._pick(asked.tried, at) is None:
-                    raise
-                # what was under way when a connection ended is repeated freely: it cannot happen again to these calls
-                is_free = isinstance(error, Unavailable) and not replica.is_connected
-                if not is_free and not self._retries.take():
-                    raise exhausted(self.name, error) from None
-            why = "retry"
+        return self._failover.call(method, request, deadline, read, at)
 
     async def stream(
         self, method: str, request: Any, deadline: Deadline, read: Callable[[Any], Iterable[ReplyT]]
@@ -203,11 +155,10 @@ class ReplicaSet:
             CorruptReply: It answered wrongly.
             MeshError: It refused the call.
         """
-        replica = self._pick(())
+        replica = self._members.pick(())
         if replica is None:
             raise self.unavailable()
-        replica.last_turn = next(self._turns)
-        self._why2calls["first"].inc()
+        self._failover.begin(replica, "first")
         try:
             async with aclosing(replica.stream(method, request, deadline.next_hop_s(), read)) as replies:
                 async for reply in replies:
@@ -216,88 +167,14 @@ class ReplicaSet:
         except NotFinite:
             raise
         except Unavailable as error:
-            self._jury.failed(replica, str(error))
+            self._failover.jury.failed(replica, str(error))
             raise
         except CorruptReply as error:
-            raise self._wrong(replica, error) from None
-
-    async def _attempt_with_peers(self, asked: Asked[ReplyT], replica: Replica, why: str, times: Times) -> ReplyT:
-        """An attempt that another replica takes part in if this one is late, and that proves a third one."""
-        self._hedging.earn()
-        proving = self._probation.next_of(self.replicas)
-        if proving is not None and not isinstance(asked.read, Witness):
-            asked.read = Witness(asked.read)
-        delay_s = self._hedging.delay_s(times)
-        if delay_s == inf:
-            answer = await self._attempt(asked, replica, why)
-        else:
-            started_s = monotonic()
-            race = Race(self._hedging.alarms, started_s + delay_s, self._second, (asked, times, started_s))
-            answer = await race.run(self._attempt(asked, replica, why))
-            if race.second_won:
-                waited_s = monotonic() - started_s
-                times.add(waited_s)
-                replica.record.late(waited_s, times.median_s)
-                self._jury.look(replica)
-        if proving is not None and isinstance(asked.read, Witness):
-            self._probation.begin(proving, asked.method, asked.request, asked.read, times)
-        return answer
-
-    def _second(
-        self, asked: Asked[ReplyT], times: Times, started_s: float
-    ) -> Coroutine[Any, Any, ReplyT] | float | None:
-        """A call to another than the one that is late; or when to ask again; None: there is nobody."""
-        other = self._pick(asked.tried)
-        if other is None or other.address in asked.tried:
-            return None
-        now_s = monotonic()
-        allowed = self._hedging.allows(now_s - started_s, times)
-        if isinstance(allowed, float):
-            return now_s + allowed
-        return self._attempt(asked, other, "hedge") if allowed else None
-
-    async def _attempt(self, asked: Asked[ReplyT], replica: Replica, why: str) -> ReplyT:
-        if why == "retry":
-            replica.tell("retried")
-        self._why2calls[why].inc()
-        asked.tried.append(replica.address)
-        replica.last_turn = next(self._turns)
-        times, started_s = asked.times, monotonic()
-        try:
-            answer = await replica.attempt(
-                asked.method,
-                asked.request,
-                asked.deadline.next_hop_s(),
-                asked.read,
-                inf if times is None else times.patience_s,
-            )
-        except (NotFinite, NonFiniteInput) as error:
-            asked.suspects.append(replica)
-            raise NotFinite(f"{self.name}: {error}", self.name, asked.suspects) from None
-        except Unavailable as error:
-            self._jury.failed(replica, str(error))
-            raise
-        except CorruptReply as error:
-            raise self._wrong(replica, error) from None
-        except (InvalidInput, WrongPart) as error:
-            if self._refusals_are_faults and asked.at is None:
-                raise self._wrong(replica, error) from None
-            raise
-        if times is None:
-            replica.record.answered()
-        else:
-            took_s = monotonic() - started_s
-            times.add(took_s)
-            replica.record.answered(took_s, times.median_s)
-            if took_s > SLOW_S:
-                self._jury.look(replica)
-        for suspect in asked.suspects:
-            suspect.refuse("it computed rows that are not finite where another replica's are")
-        return answer
+            raise self._failover.wrong(replica, error) from None
 
     def _can_compare(self) -> bool:
         """Whether a replica that was ejected can be compared with another before it returns."""
-        return bool(self.live) and not self._jury.keeps_sequences
+        return bool(self.live) and not self._failover.jury.keeps_sequences
 
     def _follow_event(self, happened: ReplicaEvent) -> None:
         if happened.what == "lost":
@@ -307,18 +184,3 @@ class ReplicaSet:
             for one in self.replicas:
                 if one.address != happened.address:
                     one.pardon("nobody else is left")
-
-    def _wrong(self, replica: Replica, error: Exception) -> CorruptReply:
-        replica.refuse(str(error))
-        return CorruptReply(f"{self.name} gave a reply that cannot be right: {error}", self.name)
-
-    def _pick(self, tried: Sequence[str], at: Replica | None = None) -> Replica | None:
-        if at is not None:
-            return at if at.answers and at.address not in tried else None
-        best, least = None, (inf, inf, inf)
-        for one in self.replicas:
-            if one.answers and one.address not in tried:
-                rank = (one.state is State.DRAINING, one.calls_under_way, one.last_turn)
-                if rank < least:
-                    best, least = one, rank
-        return best
