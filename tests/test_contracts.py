@@ -322,7 +322,7 @@ async def test_a_broken_expert_is_refused_and_texts_go_to_the_full_model() -> No
         with pytest.raises(Unavailable) as unavailable:
             await classified(mesh, TEXTS, pb.CONTRACT_MESH_ONLY)
         assert (unavailable.value.stage, unavailable.value.expert) == ("expert-1", 1)
-        assert "1 refused" in str(unavailable.value)
+        assert "1 ejected" in str(unavailable.value)
 
 
 async def test_a_broken_expert_is_left_out_where_no_full_model_can_tell() -> None:
