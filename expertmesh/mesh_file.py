@@ -1,6 +1,6 @@
 """The mesh file: which services a mesh has, what they hold and where their replicas are.
 
-One TOML file that `expertmesh up` writes, the gateway reads, and containers are set up from::
+One TOML file that `expertmesh up` writes, the gateway reads and watches, and containers are set up from::
 
     model = "models/agnews"
 
@@ -36,7 +36,8 @@ class Service:
     Attributes:
         name: Unique in the mesh; letters, digits, `-` and `_`.
         kind: One of `KINDS`.
-        replicas: gRPC addresses: `unix:PATH`, `HOST:PORT` or `dns:///NAME:PORT`.
+        replicas: Addresses: `unix:PATH`, `HOST:PORT`, `[IPV6]:PORT`, or `dns:///NAME:PORT`, behind which there may be
+            several.
         experts: For kind `expert`: what it holds, as `LAYER:EXPERT`.
         http: For kind `gateway`: the address of its HTTP side.
     """

@@ -13,17 +13,19 @@ import pytest
 from expertmesh.client import Client
 from expertmesh.errors import Unavailable
 from expertmesh.v1 import inference_pb2 as pb
-from tests.generating import Answer, answer_of, asked, by_route, metrics_of, model, until
+from tests.generating import Answer, answer_of, asked, by_route, metrics_of, model, streamed, until
 from tests.up import Up, exists, wait_until
 
 REQUESTS = [
-    asked(length, 200, temperature=1.0, seed=length, contract=pb.CONTRACT_MESH_ONLY) for length in (3, 40, 90, 200)
+    asked(length, 150, temperature=1.0, seed=length, contract=pb.CONTRACT_MESH_ONLY) for length in (3, 40, 90, 200)
 ]
 
 
 @pytest.fixture(scope="module")
 def up() -> Iterator[Up]:
-    with Up(model(), "--expert-services", "1", "--replicas", "gating=2", "--no-restart") as running:
+    """A mesh that waits long for callers that do not let go."""
+    options = ("--expert-services", "1", "--replicas", "gating=2", "--no-restart")
+    with Up(model(), *options, environment={"EXPERTMESH_GRACE_S": "60"}) as running:
         yield running
 
 
@@ -34,7 +36,7 @@ def expected(up: Up) -> list[Answer]:
             requests = [by_route(request, pb.ROUTE_FULL_MODEL) for request in REQUESTS]
             for request in requests:
                 request.contract = pb.CONTRACT_EXACT
-            return [answer_of([message async for message in client.generate(one)]) for one in requests]
+            return [answer_of(given) for given in await asyncio.gather(*(streamed(client, one) for one in requests))]
 
     return asyncio.run(ask())
 
@@ -99,7 +101,7 @@ async def drains(up: Up) -> bool:
 async def test_the_only_home_goes_on_with_what_it_has_while_it_drains(up: Up) -> None:
     request = asked(5, 40, contract=pb.CONTRACT_MESH_ONLY)
     async with Client(up.grpc) as client:
-        whole = answer_of([message async for message in client.generate(request)])
+        whole = answer_of(await streamed(client, request))
         async with aclosing(client.generate(request)) as messages:
             given = [await anext(messages)]
             pid = stop(up, "gating.1")
@@ -118,17 +120,16 @@ async def is_refused(client: Client) -> bool:
     return False
 
 
-async def test_a_gateway_that_is_stopped_ends_what_it_has_and_refuses_the_rest() -> None:
-    with Up(model(), "--expert-services", "1", "--no-restart", environment={"EXPERTMESH_GRACE_S": "60"}) as up:
-        async with Client(up.grpc) as client, Client(up.grpc) as other:
-            request = asked(5, 150, contract=pb.CONTRACT_MESH_ONLY)
-            whole = answer_of([message async for message in client.generate(request)])
-            await other.complete(asked(3, 1))  # its connection is there
-            async with aclosing(client.generate(request)) as messages:
-                given = [await anext(messages)]
-                pid = stop(up, "gateway.0")
-                await until(lambda: is_refused(other))
-                assert exists(pid)
-                given += [message async for message in messages]
-            assert answer_of(given) == whole
-            await asyncio.to_thread(wait_until, lambda: not exists(pid), 15)
+async def test_a_gateway_that_is_stopped_ends_what_it_has_and_refuses_the_rest(up: Up) -> None:
+    async with Client(up.grpc) as client, Client(up.grpc) as other:
+        request = asked(5, 100)  # by the full model, as no home is left
+        whole = answer_of(await streamed(client, request))
+        await other.complete(asked(3, 1))  # its connection is there
+        async with aclosing(client.generate(request)) as messages:
+            given = [await anext(messages)]
+            pid = stop(up, "gateway.0")
+            await until(lambda: is_refused(other))
+            assert exists(pid)
+            given += [message async for message in messages]
+        assert answer_of(given) == whole
+        await asyncio.to_thread(wait_until, lambda: not exists(pid), 15)

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from expertmesh.errors import (
@@ -256,17 +256,32 @@ async def test_one_that_was_forgotten_meanwhile_is_computed_anew_and_harms_nobod
     micro_batches=st.integers(0, 3),
     turns=st.lists(st.integers(0, 5), min_size=1, max_size=9),
 )
+@example(  # two steps share a loss
+    needs=[(1, 2), (1, 2), (1, 1), (1, 7), (1, 7), (12, 12), (1, 5), (1, 2), (1, 2), (1, 1)],
+    rows=10,
+    room=3,
+    losses=[20, 1],
+    micro_batches=3,
+    turns=[0, 5, 0, 1],
+)
 def test_whatever_is_lost_whenever_the_tokens_are_the_same(
     needs: list[tuple[int, int]], rows: int, room: int, losses: list[int], micro_batches: int, turns: list[int]
 ) -> None:
     class Forgetful(Keeper):
+        def __init__(self, room: int) -> None:
+            super().__init__(room)
+            self.forgotten: set[tuple[bytes, int]] = set()  # with their epochs
+
         async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
             for _ in range(turns[len(self.steps) % len(turns)]):
                 await asyncio.sleep(0)
             if len(self.steps) in losses:
                 losses.remove(len(self.steps))
+                self.forgotten |= {(name, epoch) for name, (epoch, _) in self.cached.items()}
                 self.cached.clear()
                 raise HomeLost("forgot")
+            if any((piece.generation.id, piece.generation.epoch) in self.forgotten for piece in work):
+                raise HomeLost("not known any more")  # as it says to a step that shared the loss with another
             return await super().step(work)
 
     async def run() -> None:

@@ -298,6 +298,73 @@ async def test_a_call_over_a_link_that_does_not_end_is_cut_off_after_the_grace()
             await asyncio.wait_for(call, 5)
 
 
+def load_double(double: Honest, is_idle: Callable[[], bool] = lambda: True) -> Callable[..., Any]:
+    def load(settings: Settings, tracing: Any) -> Loaded:
+        servicer = Servicer("expertmesh.v1.EmbeddingService", add_EmbeddingServiceServicer_to_server, double)
+        return Loaded([servicer], DescribeResponse(kind="embedding"), is_idle=is_idle)
+
+    return load
+
+
+async def test_new_calls_are_refused_while_running_ones_end() -> None:
+    double = Honest(5.0)
+    double.go_on.clear()
+    async with served(Settings(listen=listen(), grace_s=20), load_double(double)) as channel:
+        stub = EmbeddingServiceStub(channel)
+        running = stub.Embed(EmbedRequest(), timeout=20)
+        await double.arrived.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        double.arrived.clear()
+        codes = set()
+        async with asyncio.timeout(10):
+            while not codes:  # until then it is served, and waits
+                call = stub.Embed(EmbedRequest(), timeout=0.2)
+                codes = {await call.code()} - {grpc.StatusCode.DEADLINE_EXCEEDED}
+        assert codes == {grpc.StatusCode.UNAVAILABLE}
+        double.go_on.set()
+        assert (await running).rows.shape == [1, 2]
+
+
+async def test_what_does_not_end_within_the_grace_is_cut_off_with_a_status_that_may_be_retried() -> None:
+    double = Honest()
+    double.go_on.clear()
+    async with served(Settings(listen=listen(), grace_s=0.05), load_double(double)) as channel:
+        call = EmbeddingServiceStub(channel).Embed(EmbedRequest(), timeout=20)
+        await double.arrived.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(10):
+            assert await call.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_it_serves_on_until_its_callers_have_let_go() -> None:
+    double, address, idle = Honest(5.0), listen(), False
+    async with served(Settings(listen=address, grace_s=20), load_double(double, lambda: idle)) as channel:
+        link, heard = LinkChannel(address, channel, "embedding"), asyncio.Event()
+        link.on_drain = heard.set
+        await link.open(5)
+        embed = EmbeddingServiceStub(link).Embed  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(heard.wait(), 5)
+        assert (await DescriptionServiceStub(channel).Describe(DescribeRequest(), timeout=5)).draining
+        for _ in range(3):
+            assert (await embed(EmbedRequest(), 5)).rows.shape == [1, 2]
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(link.ended.wait(), 0.4)  # nobody calls, but something is kept for later
+        idle = True
+        await asyncio.wait_for(link.ended.wait(), 5)
+
+
+async def test_a_socket_of_links_that_a_successor_took_over_is_left_to_it() -> None:
+    address = listen()
+    path = socket_of_links(address)
+    async with served(Settings(listen=address, grace_s=0.05), load_double(Honest())):
+        path.unlink()
+        with socket.socket(socket.AF_UNIX) as successor:
+            successor.bind(str(path))
+        taken = path.stat().st_ino
+    assert path.stat().st_ino == taken
+
+
 # Programs that do not start
 
 

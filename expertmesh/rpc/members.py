@@ -58,11 +58,12 @@ class Members:
     ) -> None:
         """Ends that and closes the channels."""
         self._is_open = False
+        replicas = {*self.replicas, *self._leaves}
         tasks = [self._looks_up, *self._leaves.values(), *self._follows.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for replica in self.replicas:
+        for replica in replicas:
             await replica.close()
 
     @property
@@ -123,7 +124,7 @@ class Members:
         await asyncio.gather(*self._leaves.values(), return_exceptions=True)
 
     def _join(self, address: str) -> Replica:
-        back = next((one for one in self._leaves if one.address == address), None)
+        back = next((one for one in self.replicas if one.address == address and one in self._leaves), None)
         if back is not None:
             self._leaves.pop(back).cancel()
             back.list(True)
@@ -150,11 +151,11 @@ class Members:
                     break
                 left_s -= LOOK_EVERY_S
             await asyncio.sleep(LOOK_EVERY_S)  # as long as nobody is live in its place it is better than none
-        del self._leaves[replica]  # from here on it does not come back
-        self.replicas = [one for one in self.replicas if one is not replica]
+        self.replicas = [one for one in self.replicas if one is not replica]  # from here on it does not come back
         follow = self._follows.pop(replica, None)
         if follow is not None:
             follow.cancel()
             await asyncio.gather(follow, return_exceptions=True)
         await replica.close()
+        del self._leaves[replica]
         replica.tell("left")

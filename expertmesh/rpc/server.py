@@ -253,6 +253,7 @@ async def _stop(
     """Says NOT_SERVING, serves on until callers have let go, refuses what comes later, and ends what is under way."""
     log.event("stopping")
     started_s = time.monotonic()
+    program.description.draining = True
     await health.enter_graceful_shutdown()
     link.announce()
     await asyncio.gather(asyncio.sleep(settings.drain_s), link.let_go(program.is_idle, settings.grace_s))

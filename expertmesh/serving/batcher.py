@@ -20,8 +20,9 @@ from expertmesh.errors import DeadlineExceeded, InvalidInput, MeshError
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.serving import shedding
 from expertmesh.serving.overlap import MOST_LEVEL, Overlap, Started
+from expertmesh.serving.pass_times import PassTimes
 from expertmesh.serving.returns import Returns
-from expertmesh.serving.shedding import Smoothed
+from expertmesh.serving.shedding import PATIENCE
 from expertmesh.telemetry import metrics, tracing
 
 WorkT = TypeVar("WorkT")
@@ -107,7 +108,7 @@ class Batcher(Generic[WorkT, AnswerT]):
         self._texts_under_way = 0
         self._is_starting = False
         self._overlap = Overlap(limits.passes)
-        self._pass_s = Smoothed()
+        self._pass_times = PassTimes()
         self._returns = Returns()
         self._timer: asyncio.TimerHandle | None = None
         self._passes: dict[asyncio.Task[None], _Pass[WorkT, AnswerT]] = {}
@@ -160,17 +161,19 @@ class Batcher(Generic[WorkT, AnswerT]):
             shedding.refuse_late("pass", expected_s, deadline)
 
     def _expected_s(self, texts: int, characters: int) -> float | None:
-        """How long a new call would take, if that is known and anything waits.
-
-        A pass is taken to last as long as lately, also where those were smaller than the next ones will be.
-        """
-        if self._pass_s.value is None or not self._turns:
+        """How long a new call would take, if that is known and anything waits."""
+        if not self._pass_times.are_known or not self._turns:
             return None
         turns = -(-texts // TURN)
         texts += min(self._waiting_texts, turns * TURN * len(self._turns))
         characters += self._waiting_characters if texts > self._waiting_texts else 0
-        passes = max(texts / self._limits.pass_texts, characters / self._limits.pass_characters)
-        return max(1.0, 0.5 + passes / self._level()) * self._pass_s.value  # 0.5: what is under way
+        passes = max(1.0, texts / self._limits.pass_texts, characters / self._limits.pass_characters)
+        before_s = sum(map(self._left_s, self._passes.values())) / max(1, len(self._passes))
+        return before_s + passes * self._pass_times.of(texts / passes) / self._level()
+
+    def _left_s(self, one: _Pass[WorkT, AnswerT]) -> float:
+        """How long a pass will still be under way."""
+        return max(0.0, self._pass_times.of(len(one.taken)) - (time.monotonic() - one.started_s))
 
     def _level(self) -> int:
         return self._overlap.level(*self._load())
@@ -214,9 +217,10 @@ class Batcher(Generic[WorkT, AnswerT]):
             call = next(iter(self._turns))
             if self._is_hopeless(call) and (taken or len(self._turns) > 1):
                 self._remove(call)
-                assert self._pass_s.value is not None
-                _fail(call, shedding.dropped("pass", self._expected_s(len(call.work), 0) or self._pass_s.value))
+                expected_s = self._expected_s(len(call.work), 0) or self._pass_times.of(1)
+                _fail(call, shedding.dropped("pass", expected_s))
                 continue
+            most = min(most, self._most_texts(call))
             for _ in range(min(TURN, most - len(taken), len(call.work) - call.taken)):
                 weight = self._weigh(call.work[call.taken])
                 if taken and characters + weight > self._limits.pass_characters:
@@ -232,8 +236,14 @@ class Batcher(Generic[WorkT, AnswerT]):
         return taken
 
     def _is_hopeless(self, call: _Call[WorkT, AnswerT]) -> bool:
-        pass_s = self._pass_s.value
-        return self._limits.sheds and pass_s is not None and call.deadline.at_s - time.monotonic() < pass_s
+        sheds = self._limits.sheds and self._pass_times.are_known
+        return sheds and call.deadline.at_s - time.monotonic() < self._pass_times.of(1)
+
+    def _most_texts(self, call: _Call[WorkT, AnswerT]) -> int:
+        """Texts of the largest pass that is done in time for a call that is in it."""
+        if not self._limits.sheds or not self._pass_times.are_known:
+            return self._limits.pass_texts
+        return self._pass_times.most_texts(PATIENCE * (call.deadline.at_s - time.monotonic()))
 
     def _remove(self, call: _Call[WorkT, AnswerT]) -> None:
         """It does not wait any more."""
@@ -278,7 +288,7 @@ class Batcher(Generic[WorkT, AnswerT]):
         self._overlap.ended(ended.started, len(ended.taken) if ended.is_answered else 0)
         if ended.is_answered:
             pass_s = time.monotonic() - ended.started_s
-            self._pass_s.add(pass_s)
+            self._pass_times.add(len(ended.taken), pass_s)
             self._returns.answered(sum(call.done.done() for call in ended.calls), pass_s)
         for call in ended.calls:
             call.passes.discard(task)

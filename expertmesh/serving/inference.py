@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc.aio
 
@@ -144,6 +144,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 def route_name(route: Route) -> str:
     """A route as people read it: `mesh`, `full-model`, `degraded`."""
     return Route.Name(route).removeprefix("ROUTE_").lower().replace("_", "-")
+
+
+def told_missing(experts: Iterable[tuple[int, int]]) -> dict[str, Any]:
+    """What is told in JSON of (layer, expert) that were missing: nothing where none was."""
+    missing = [{"layer": layer, "expert": expert} for layer, expert in sorted(experts)]
+    return {"missing_experts": missing} if missing else {}
 
 
 def parse_route(name: str) -> Route:

@@ -1,0 +1,56 @@
+"""How long passes take, by the number of their texts: what every pass costs, and what each text adds.
+
+Both come of the passes of lately, the newer ones counting more (weighted least squares over a straight line). As long
+as all were of one size their time is taken to grow with the texts, which is too much rather than too little.
+"""
+
+from __future__ import annotations
+
+FADES = 0.9  # of its weight a pass keeps when the next one comes in
+LEAST_SPREAD = 0.25  # variance of sizes, in texts squared, below which nothing is known of what a text adds
+
+
+class PassTimes:
+    """The passes of lately."""
+
+    def __init__(self) -> None:
+        self._weight = self._texts = self._seconds = self._squares = self._products = 0.0
+
+    @property
+    def are_known(self) -> bool:
+        """Whether there was a pass at all."""
+        return self._weight > 0
+
+    def add(self, texts: int, seconds: float) -> None:
+        """Takes in a pass that was answered."""
+        self._weight = FADES * self._weight + 1
+        self._texts = FADES * self._texts + texts
+        self._seconds = FADES * self._seconds + seconds
+        self._squares = FADES * self._squares + texts * texts
+        self._products = FADES * self._products + texts * seconds
+
+    def of(self, texts: float) -> float:
+        """Seconds that a pass of so many texts takes; only once some are known."""
+        pass_s, text_s = self._line()
+        return pass_s + text_s * texts
+
+    def most_texts(self, seconds: float) -> int:
+        """Texts of the largest pass that takes no longer.
+
+        It is never smaller than one in which the texts cost as much as the pass itself: below that, keeping to one
+        deadline would take too much from everybody else.
+        """
+        pass_s, text_s = self._line()
+        if text_s <= 0:
+            return 2**31
+        return max(1, int(max(seconds - pass_s, pass_s) / text_s))
+
+    def _line(self) -> tuple[float, float]:
+        """Seconds of every pass, and of each text in it."""
+        mean_texts, mean_s = self._texts / self._weight, self._seconds / self._weight
+        spread = self._squares / self._weight - mean_texts**2
+        if spread < LEAST_SPREAD:
+            return 0.0, mean_s / mean_texts
+        text_s = max(0.0, (self._products / self._weight - mean_texts * mean_s) / spread)
+        text_s = min(text_s, mean_s / mean_texts)
+        return mean_s - text_s * mean_texts, text_s
