@@ -353,7 +353,7 @@ async def test_a_broken_expert_is_refused_and_texts_go_to_the_full_model() -> No
         with pytest.raises(Unavailable) as unavailable:
             await classified(mesh, TEXTS, pb.CONTRACT_MESH_ONLY)
         assert (unavailable.value.stage, unavailable.value.expert) == ("expert-1", 1)
-        assert "1 refused" in str(unavailable.value)
+        assert "1 ejected" in str(unavailable.value)
 
 
 async def test_a_broken_expert_is_left_out_where_no_full_model_can_tell() -> None:
@@ -389,7 +389,7 @@ async def test_a_stream_goes_on_at_the_full_model_where_an_expert_breaks() -> No
         for request, messages, before in zip(PROMPTS, streams, whole, strict=True):
             assert isinstance(messages, list), messages
             assert [answer_of(messages, choice) for choice in range(request.n or 1)] == before
-        with pytest.raises(Unavailable, match="1 refused"):
+        with pytest.raises(Unavailable, match="1 ejected"):
             await mesh.client.complete(under(pb.CONTRACT_MESH_ONLY, asked(ids(64, 3), 4)))
 
 
@@ -403,4 +403,4 @@ async def test_what_the_full_model_finds_not_finite_too_is_the_models_own() -> N
             await classified(mesh, tiny.SENTENCES, pb.CONTRACT_EXACT)
         with pytest.raises(Unavailable) as unavailable:  # nobody has asked the full model for it
             await classified(mesh, tiny.SENTENCES, pb.CONTRACT_MESH_ONLY)
-        assert "refused" not in str(unavailable.value)
+        assert "ejected" not in str(unavailable.value)

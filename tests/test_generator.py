@@ -11,7 +11,7 @@ import pytest
 
 from expertmesh import wire
 from expertmesh.errors import MeshError, Unavailable
-from expertmesh.rpc import replica
+from expertmesh.rpc import caller, replica
 from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1.sampling_pb2 import TokenLogprob
 from services.gateway import homes
@@ -125,7 +125,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replica, "ATTEMPT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(caller, "ATTEMPT_TIMEOUT_S", 0.5)
     monkeypatch.setattr(replica, "RETRY_REFUSED_S", 0.2)
     monkeypatch.setattr(homes, "CALL_TIMEOUT_S", 0.5)
 

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -10,16 +10,13 @@ from typing import Any
 import grpc
 import pytest
 
-from expertmesh import wire
 from expertmesh.errors import CorruptReply, DeadlineExceeded, InvalidInput, NotFinite, Unavailable, WrongPart
 from expertmesh.rpc import replica as module
+from expertmesh.rpc.admission import require_parts
 from expertmesh.rpc.channel import open_channel
-from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.replica import ReplicaEvent, State, require_parts
+from expertmesh.rpc.replica import State
 from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.v1.description_pb2 import DescribeResponse, Part
-from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
 from expertmesh.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tests import tiny
 from tests.doubles.corrupt import Corrupt
@@ -27,55 +24,7 @@ from tests.doubles.garbling import Garbling
 from tests.doubles.hanging import Hanging
 from tests.doubles.honest import DIGEST, Honest
 from tests.doubles.refusing import Refusing
-
-WAIT_S = 10.0
-PARTS = {"embedding": DIGEST}
-
-
-def read_number(reply: EmbedResponse, origin: Origin) -> float:
-    return float(wire.decode_finite(reply.rows, (1, 2), "rows")[0, 0])
-
-
-class Events:
-    """Everything a replica set told, and a way to wait for it."""
-
-    def __init__(self) -> None:
-        self.seen: list[ReplicaEvent] = []
-        self._news = asyncio.Event()
-
-    def __call__(self, event: ReplicaEvent) -> None:
-        self.seen.append(event)
-        self._news.set()
-
-    def count(self, what: str, address: str | None = None) -> int:
-        return sum(event.what == what and address in (None, event.address) for event in self.seen)
-
-    async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while not holds():
-                self._news.clear()
-                await self._news.wait()
-
-
-@asynccontextmanager
-async def replica_set(*addresses: str, live: int | None = None) -> AsyncIterator[tuple[ReplicaSet, Events]]:
-    """A set whose replicas have been met: as many are live as `live` says, all by default."""
-    events = Events()
-    wanted = len(addresses) if live is None else live
-    admit = partial(require_parts, kind="embedding", model_digest="", parts=PARTS)
-    async with ReplicaSet("embedding", addresses, open_channel, EmbeddingServiceStub, admit, events) as replicas:
-        await events.until(lambda: len(replicas.live) == wanted)
-        yield replicas, events
-
-
-@asynccontextmanager
-async def served(*doubles: Honest) -> AsyncIterator[list[str]]:
-    async with AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(double.served()) for double in doubles]
-
-
-def ask(replicas: ReplicaSet, timeout_s: float = WAIT_S) -> Any:
-    return replicas.call("Embed", EmbedRequest(), Deadline.after(timeout_s), read_number)
+from tests.replica_sets import WAIT_S, Events, ask, replica_set, served
 
 
 @contextmanager
@@ -356,13 +305,13 @@ def test_a_replica_started_with_another_manifest_is_refused() -> None:
 async def test_within_the_mesh_a_refused_call_is_the_replicas_fault(code: grpc.StatusCode) -> None:
     refusing, honest = Refusing(code), Honest(2.0)
     async with served(refusing, honest) as addresses, replica_set(*addresses) as (replicas, events):
-        replicas._refusals_are_faults = True
+        replicas._failover.refusals_are_faults = True
         assert [await ask(replicas) for _ in range(4)] == [2.0] * 4
         assert events.count("corrupt", addresses[0]) == refusing.calls <= 1
 
 
 async def test_a_replica_that_hangs_costs_one_attempt_and_not_the_callers_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertmesh.rpc.replica.ATTEMPT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("expertmesh.rpc.caller.ATTEMPT_TIMEOUT_S", 0.2)
     async with served(Hanging(), Honest(2.0)) as addresses, replica_set(*addresses) as (replicas, _):
         assert [await ask(replicas) for _ in range(3)] == [2.0] * 3
 

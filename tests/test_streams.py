@@ -246,8 +246,8 @@ async def test_streams_go_to_whoever_has_the_fewest_calls() -> None:
     ("does", "error", "state"),
     [
         (raising(Unavailable("gone", "x")), Unavailable, State.CONNECTING),
-        (raising(RuntimeError("a defect")), CorruptReply, State.REFUSED),
-        (raising(CorruptReply("nonsense")), CorruptReply, State.REFUSED),
+        (raising(RuntimeError("a defect")), CorruptReply, State.EJECTED),
+        (raising(CorruptReply("nonsense")), CorruptReply, State.EJECTED),
         (raising(Overloaded("full")), Overloaded, State.LIVE),
         (raising(InvalidInput("bad")), InvalidInput, State.LIVE),
         (hang, DeadlineExceeded, State.LIVE),

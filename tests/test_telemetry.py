@@ -42,6 +42,8 @@ NAMES = {
     "expertmesh_under_way": "gauge",
     "expertmesh_step_rows": "histogram",
     "expertmesh_replica_events": "counter",
+    "expertmesh_calls": "counter",
+    "expertmesh_ejections": "counter",
     "expertmesh_replicas_live": "gauge",
 }
 

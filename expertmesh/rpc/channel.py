@@ -11,9 +11,9 @@ from expertmesh.telemetry.tracing import OFF, Tracing
 
 CLIENT_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.enable_http_proxy", 0),  # the mesh is never behind one, whatever the environment says
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 1_000),
-    ("grpc.http2.ping_timeout_ms", 1_000),
+    ("grpc.keepalive_time_ms", 700),  # a process that hangs is lost within twice this; one that computes answers pings
+    ("grpc.keepalive_timeout_ms", 700),
+    ("grpc.http2.ping_timeout_ms", 700),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -26,7 +26,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_concurrent_streams", 256),
     ("grpc.server.max_pending_requests", 100_000),  # above it calls are dropped at random; we refuse by ourselves
     ("grpc.server.max_pending_requests_hard_limit", 100_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),  # less than the time between a client's pings
     ("grpc.keepalive_permit_without_calls", 1),
 )
 

@@ -7,10 +7,13 @@ what is under way there, and is then let go of.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from types import TracebackType
 from typing import Self
 
+from expertmesh.errors import Unavailable
 from expertmesh.rpc.replica import Replica, State
 from expertmesh.rpc.resolver import Names
 
@@ -69,6 +72,29 @@ class Members:
         return [one for one in self.replicas if one.state is State.LIVE] or [
             one for one in self.replicas if one.state is State.DRAINING
         ]
+
+    def pick(self, tried: Sequence[str], at: Replica | None = None) -> Replica | None:
+        """Whom to ask next: the one with the fewest calls under way, among equals in turn; who drains, last.
+
+        Args:
+            tried: Addresses that are not to be asked again.
+            at: The only one to ask.
+        """
+        if at is not None:
+            return at if at.answers and at.address not in tried else None
+        best, least = None, (inf, inf, inf)
+        for one in self.replicas:
+            if one.answers and one.address not in tried:
+                rank = (one.state is State.DRAINING, one.calls_under_way, one.last_turn)
+                if rank < least:
+                    best, least = one, rank
+        return best
+
+    def unavailable(self, service: str) -> Unavailable:
+        """The error that says that nobody is left."""
+        states = Counter(replica.state.value for replica in self.replicas)
+        told = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
+        return Unavailable(f"no replica of {service} answers ({told})", service)
 
     @property
     def are_met(self) -> bool:

@@ -7,37 +7,30 @@ happens is told as events; whoever wants to count or log them subscribes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from enum import Enum
+from math import inf
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
-from expertmesh.errors import (
-    CorruptReply,
-    DeadlineExceeded,
-    MeshError,
-    NonFiniteInput,
-    NotFinite,
-    Unavailable,
-    WrongPart,
-)
-from expertmesh.rpc import request_id
-from expertmesh.rpc.errors import from_call
+from expertmesh.errors import MeshError, Unavailable
+from expertmesh.rpc.caller import Caller, require_message
+from expertmesh.rpc.ejection import Record, Why
 from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.origin import Origin
+from expertmesh.telemetry import metrics
 from expertmesh.v1.description_pb2 import DescribeRequest, DescribeResponse
 from expertmesh.v1.description_pb2_grpc import DescriptionServiceStub
 
 ReplyT = TypeVar("ReplyT")
 
 DESCRIBE_TIMEOUT_S = 1.0
-ATTEMPT_TIMEOUT_S = 10.0  # a replica that takes longer is given up, whatever time the caller has
 RETRY_FIRST_S = 0.1
 RETRY_MOST_S = 0.5
-RETRY_REFUSED_S = 5.0
+RETRY_REFUSED_S = 2.0
 
 
 class State(Enum):
@@ -47,6 +40,8 @@ class State(Enum):
     LIVE = "live"
     DRAINING = "draining"  # about to stop, or not listed any more: it answers, and others are asked before it
     REFUSED = "refused"
+    EJECTED = "ejected"
+    ON_PROBATION = "on probation"
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class ReplicaEvent:
     Attributes:
         service: Name of the service.
         address: The replica.
-        what: "live", "draining", "left", "lost", "refused", "retried" or "corrupt".
+        what: "live", "draining", "left", "lost", "refused", "retried", "corrupt", "ejected" or "returned".
         reason: Why, in words; may be empty.
     """
 
@@ -77,6 +72,7 @@ class Replica:
         link: What takes the place of the channel for the unary calls of a process that offers it.
         admit: Is shown what it says it holds; raises MeshError to refuse it.
         notify: Is told every event.
+        must_prove: Whether one that was ejected is to answer as another does before it returns.
 
     Attributes:
         sequences: How many sequences have their caches there, as far as this program knows.
@@ -91,19 +87,21 @@ class Replica:
         link: LinkChannel,
         admit: Callable[[DescribeResponse], None],
         notify: Callable[[ReplicaEvent], None],
+        must_prove: Callable[[], bool] = lambda: False,
     ) -> None:
         self.service = service
         self.address = address
         self.channel = channel
         self.state = State.CONNECTING
         self.description = DescribeResponse()
-        self.calls_under_way = 0
         self.sequences = 0
         self.last_turn = 0
-        self._stub, self._link_stub = stub(channel), stub(link)
+        self._caller = Caller(service, channel, stub, link)
         self._link = link
         self._admit = admit
         self._notify = notify
+        self._must_prove = must_prove
+        self.record = Record()
         self._left = asyncio.Event()
         self._is_listed = True
         self._told = ""  # why it could not be met, as last told
@@ -133,82 +131,61 @@ class Replica:
             self.state = State.LIVE
             self.tell("live")
 
-    async def attempt(
-        self, method: str, request: Any, timeout_s: float, read: Callable[[Any, Origin], ReplyT]
-    ) -> ReplyT:
-        """Calls it once; see `ReplicaSet.call`.
+    @property
+    def calls_under_way(self) -> int:
+        """Calls that it has not answered yet."""
+        return self._caller.calls_under_way
 
-        Raises:
-            Unavailable: It is gone, or took longer than `ATTEMPT_TIMEOUT_S`.
-            CorruptReply: Its reply cannot be right.
-            MeshError: It refused the call.
-        """
-        self.calls_under_way += 1
-        try:
-            bounded_s = min(timeout_s, ATTEMPT_TIMEOUT_S)
-            if self.links:
-                reply = await getattr(self._link_stub, method)(request, bounded_s)
-                origin = self._link.origin
-            else:
-                reply, origin = await self._called(method, request, bounded_s)
-        except DeadlineExceeded:
-            if timeout_s <= ATTEMPT_TIMEOUT_S:
-                raise
-            late = f"{self.service} did not answer within {ATTEMPT_TIMEOUT_S:.0f} s"
-            raise Unavailable(late, self.service) from None
-        finally:
-            self.calls_under_way -= 1
-        _require_message(reply)
-        if origin.model_digest != self.description.model_digest:
-            raise CorruptReply("it comes from a process of another model")
-        try:
-            return read(reply, origin)
-        except NonFiniteInput as error:
-            raise NotFinite(str(error)) from None
-        except MeshError as error:
-            raise CorruptReply(str(error)) from None
+    @property
+    def is_connected(self) -> bool:
+        """Whether the connection that calls go over is there."""
+        return self._caller.is_connected
 
-    async def _called(self, method: str, request: Any, timeout_s: float) -> tuple[Any, Origin]:
-        call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=request_id.to_metadata())
-        try:
-            reply = await call
-            return reply, Origin.of_metadata(await call.trailing_metadata())
-        except grpc.aio.AioRpcError as error:
-            raise from_call(error, self.service) from None
+    def attempt(
+        self,
+        method: str,
+        request: Any,
+        timeout_s: float,
+        read: Callable[[Any, Origin], ReplyT],
+        patience_s: float = inf,
+    ) -> Coroutine[Any, Any, ReplyT]:
+        """Calls it once; see `Caller.attempt`."""
+        return self._caller.attempt(method, request, timeout_s, read, patience_s)
 
-    async def stream(
+    def stream(
         self, method: str, request: Any, timeout_s: float, read: Callable[[Any], Iterable[ReplyT]]
     ) -> AsyncGenerator[ReplyT, None]:
-        """Calls it once for a stream of replies; see `ReplicaSet.stream`.
-
-        Raises:
-            Unavailable: It is gone.
-            CorruptReply: A reply cannot be right.
-            MeshError: It refused the call.
-        """
-        self.calls_under_way += 1
-        call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=request_id.to_metadata())
-        try:
-            async for reply in call:
-                _require_message(reply)
-                origin = Origin.of_metadata(await call.initial_metadata())
-                if origin.model_digest != self.description.model_digest:
-                    raise CorruptReply("it comes from a process of another model")
-                for item in read(reply):
-                    yield item
-        except grpc.aio.AioRpcError as error:
-            raise from_call(error, self.service) from None
-        finally:
-            self.calls_under_way -= 1
-            call.cancel()  # a stream that nobody reads any more is not ended by itself
+        """Calls it once for a stream of replies; see `Caller.stream`."""
+        return self._caller.stream(method, request, timeout_s, read)
 
     def lose(self, reason: str) -> None:
         """Takes it out of the traffic until it describes itself again."""
-        self._leave(State.CONNECTING, "lost", reason)
+        if self.answers or self.state is State.ON_PROBATION:
+            self._leave(State.CONNECTING, "lost", reason)
 
     def refuse(self, reason: str) -> None:
-        """Takes it out of the traffic for a while, since its answer could not be right."""
-        self._leave(State.REFUSED, "corrupt", reason)
+        """Ejects it, since its answer could not be right."""
+        self.tell("corrupt", reason)
+        self.eject(Why.WRONG, reason)
+
+    def eject(self, why: Why, reason: str) -> None:
+        """Takes it out of the traffic for a while, and then until it has proven itself."""
+        if self.state is State.EJECTED:
+            return
+        pause_s = self.record.leave(why)
+        metrics.EJECTIONS.labels(self.service, self.address, why.value).inc()
+        self._leave(State.EJECTED, "ejected", f"{why.value}: {reason}; for {pause_s:.0f} s at least")
+
+    def pardon(self, reason: str) -> None:
+        """Takes it back, unless it was wrong and its pause is not over."""
+        if self.state is State.ON_PROBATION or (self.state is State.EJECTED and self.record.why is not Why.WRONG):
+            self.acquit(reason)
+
+    def acquit(self, reason: str) -> None:
+        """Takes it back."""
+        self.record.why = None
+        self.state = self._standing()
+        self.tell("returned", reason)
 
     def tell(self, what: str, reason: str = "") -> None:
         """Tells an event."""
@@ -223,28 +200,37 @@ class Replica:
         """Keeps its state up to date until it is cancelled."""
         wait_s = RETRY_FIRST_S
         while True:
-            try:
-                await self._introduce()
-            except Exception as error:  # nothing unforeseen may end the following of a replica
-                self._leave(State.CONNECTING, "lost", f"unforeseen: {error!r}")
-            if self.answers:
+            is_met = self.state is State.EJECTED and self.record.pause_s > 0
+            if not is_met:
+                try:
+                    is_met = await self._introduce()
+                except Exception as error:  # nothing unforeseen may end the following of a replica
+                    self._leave(State.CONNECTING, "lost", f"unforeseen: {error!r}")
+            if is_met:
                 wait_s = RETRY_FIRST_S
                 await self._until_left()
-            if not self.answers:
+            if not is_met or self.state in (State.CONNECTING, State.REFUSED):
                 await asyncio.sleep(RETRY_REFUSED_S if self.state is State.REFUSED else wait_s)
                 wait_s = min(2 * wait_s, RETRY_MOST_S)
 
-    async def _introduce(self) -> None:
+    async def _introduce(self) -> bool:
+        """Asks it what it holds; gives whether it is met, and holds that."""
         try:
             description = await DescriptionServiceStub(self.channel).Describe(
                 DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
+            if self.channel.get_state() is not grpc.ChannelConnectivity.READY:
+                await self._link.close()  # what is under way there is not to wait for a process that hangs
+            elif self.state is State.EJECTED:
+                return False  # it is busy
             if self.state is not State.CONNECTING:
                 self._leave(State.CONNECTING, "lost", error.code().name)
-            return
+            return False
+        if self.answers:
+            return True  # it was taken back meanwhile
         try:
-            _require_message(description)
+            require_message(description)
             self._admit(description)
             self._link.is_draining = description.draining
             if description.links:
@@ -253,17 +239,28 @@ class Replica:
             if self._told != str(error):
                 self._told = str(error)
                 self.tell("refused", self._told)
-            return
+            return False
         except MeshError as error:
             if self.state is not State.REFUSED:
                 self._leave(State.REFUSED, "refused", str(error))
-            return
+            return False
         self.description = description
-        self._left.clear()
+        self._caller.meet(description, self.links)
         self._told = ""
-        is_live = self._is_listed and not self._link.is_draining
-        self.state = State.LIVE if is_live else State.DRAINING
-        self.tell(self.state.value)
+        if self.record.why is None:
+            self.state = self._standing()
+            self.tell(self.state.value)
+        elif self.record.pause_s > 0:
+            self.state = State.EJECTED
+        elif self._must_prove():
+            self.state = State.ON_PROBATION
+        else:
+            self.acquit("its time is over, and there is nobody to compare it with")
+        return True
+
+    def _standing(self) -> State:
+        """What it is if nothing is held against it."""
+        return State.LIVE if self._is_listed and not self._link.is_draining else State.DRAINING
 
     def _follow_draining(self) -> None:
         if self.state is State.LIVE:
@@ -271,21 +268,27 @@ class Replica:
             self.tell("draining")
 
     async def _until_left(self) -> None:
-        """Waits until it is taken out of the traffic or its connection is gone."""
+        """Waits until its state changes for the worse, its connection is gone, or its pause is over."""
+        self._left.clear()
         connection = asyncio.create_task(self.channel.wait_for_state_change(grpc.ChannelConnectivity.READY))
         waits: list[asyncio.Task[Any]] = [asyncio.create_task(self._left.wait()), connection]
         if self.links:
             waits.append(asyncio.create_task(self._link.ended.wait()))
+        done: set[asyncio.Task[Any]] = set()
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            while not done:
+                pause_s = max(0.0, self.record.pause_s) if self.state is State.EJECTED else None
+                done, _ = await asyncio.wait(waits, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+                if not done and self.state is State.EJECTED:
+                    return
             if connection.done():  # it is gone, or hangs and keepalive has found out: a socket would not tell
                 await self._link.close()
         finally:
             for wait in waits:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
-        if self.answers:
-            self.lose("its connection ended")
+        if any(wait in done for wait in waits[1:]) and self.state in _MET:
+            self._leave(State.CONNECTING, "lost", "its connection ended")
 
     def _leave(self, state: State, what: str, reason: str) -> None:
         self.state = state
@@ -293,24 +296,4 @@ class Replica:
         self.tell(what, reason)
 
 
-def _require_message(reply: Any) -> None:
-    if reply is None:  # what gRPC gives, with status OK, for bytes that cannot be parsed
-        raise CorruptReply("it cannot be parsed")
-
-
-def require_parts(description: DescribeResponse, kind: str, model_digest: str, parts: dict[str, bytes]) -> None:
-    """Refuses a replica that is of another kind or model, or that misses parts or has others.
-
-    Raises:
-        WrongPart: Says which.
-    """
-    if description.kind != kind:
-        raise WrongPart(f"it is a {description.kind or 'stranger'}, not a {kind}")
-    if description.model_digest != model_digest:
-        raise WrongPart("it was started with another manifest")
-    held = {part.name: part.digest for part in description.parts}
-    for name, digest in parts.items():
-        if name not in held:
-            raise WrongPart(f"it does not hold {name}")
-        if held[name] != digest:
-            raise WrongPart(f"it holds another {name} than the manifest names")
+_MET = (State.LIVE, State.DRAINING, State.EJECTED, State.ON_PROBATION)

@@ -1,15 +1,12 @@
-"""The replicas of one service: who gets a call, and who gets it next if the first is gone or wrong.
+"""The replicas of one service: who is in it, and calls that are answered by any of them.
 
-A call goes to the live replica with the fewest calls under way, among equals in turn; one that fails because the
-replica is gone, or that is answered with something that cannot be right, is repeated on another within the deadline.
+See `rpc.members` for who comes, goes and is asked next, `rpc.failover` for what a call does when a replica fails it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -17,14 +14,11 @@ import grpc.aio
 
 from expertmesh.errors import (
     CorruptReply,
-    InvalidInput,
-    NonFiniteInput,
     NotFinite,
-    Overloaded,
     Unavailable,
-    WrongPart,
 )
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.failover import Failover
 from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.members import Members
 from expertmesh.rpc.origin import Origin
@@ -64,15 +58,15 @@ class ReplicaSet:
         names: Callable[[Callable[[list[str]], None]], Names] = Names,
     ) -> None:
         self.name = name
-        self._refusals_are_faults = refusals_are_faults
-        self._turns = count(1)
+        told = admit, self._follow_event, self._can_compare
 
         def make(address: str) -> Replica:
             channel = open_channel(address)
-            return Replica(name, address, channel, stub, open_link(address, channel, name), admit, self._follow_event)
+            return Replica(name, address, channel, stub, open_link(address, channel, name), *told)
 
         self._notify = notify
         self._members = Members(make, addresses, names)
+        self._failover = Failover(name, self._members, refusals_are_faults)
 
     async def __aenter__(self) -> Self:
         """Starts to follow every replica."""
@@ -83,6 +77,7 @@ class ReplicaSet:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Ends that and closes the channels."""
+        await self._failover.close()
         await self._members.__aexit__(kind, error, traceback)
 
     @property
@@ -115,18 +110,16 @@ class ReplicaSet:
 
     def unavailable(self) -> Unavailable:
         """The error that says that nobody is left."""
-        states = Counter(replica.state.value for replica in self.replicas)
-        told = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
-        return Unavailable(f"no replica of {self.name} answers ({told})", self.name)
+        return self._members.unavailable(self.name)
 
-    async def call(
+    def call(
         self,
         method: str,
         request: Any,
         deadline: Deadline,
         read: Callable[[Any, Origin], ReplyT],
         at: Replica | None = None,
-    ) -> ReplyT:
+    ) -> Coroutine[Any, Any, ReplyT]:
         """Calls one replica, and others if that is lost or answers wrongly.
 
         Args:
@@ -138,19 +131,13 @@ class ReplicaSet:
             at: The only replica to ask, for calls that are about what it has in memory.
 
         Raises:
-            Unavailable: No replica answered.
+            Unavailable: No replica answered, or too many calls had to be repeated lately.
             NotFinite: NaN or infinity comes of it wherever it is computed; nobody is refused for that.
             CorruptReply: The last replica that was left answered wrongly.
+            Overloaded: The last replica that was left has too much to do.
             MeshError: The service refused the call.
         """
-        tried: Counter[str] = Counter()
-        suspects: list[Replica] = []
-        while True:
-            try:
-                return await self._attempt(method, request, deadline, read, tried, suspects, at)
-            except (Unavailable, CorruptReply):
-                if self._pick(tried, at) is None:
-                    raise
+        return self._failover.call(method, request, deadline, read, at)
 
     async def stream(
         self, method: str, request: Any, deadline: Deadline, read: Callable[[Any], Iterable[ReplyT]]
@@ -168,72 +155,32 @@ class ReplicaSet:
             CorruptReply: It answered wrongly.
             MeshError: It refused the call.
         """
-        replica = self._pick(Counter())
+        replica = self._members.pick(())
         if replica is None:
             raise self.unavailable()
-        replica.last_turn = next(self._turns)
+        self._failover.begin(replica, "first")
         try:
             async with aclosing(replica.stream(method, request, deadline.next_hop_s(), read)) as replies:
                 async for reply in replies:
                     yield reply
+            replica.record.answered()
         except NotFinite:
             raise
         except Unavailable as error:
-            replica.lose(str(error))
+            self._failover.jury.failed(replica, str(error))
             raise
         except CorruptReply as error:
-            raise self._wrong(replica, error) from None
+            raise self._failover.wrong(replica, error) from None
 
-    async def _attempt(
-        self,
-        method: str,
-        request: Any,
-        deadline: Deadline,
-        read: Callable[[Any, Origin], ReplyT],
-        tried: Counter[str],
-        suspects: list[Replica],
-        at: Replica | None,
-    ) -> ReplyT:
-        replica = self._pick(tried, at)
-        if replica is None:
-            raise self.unavailable()
-        if tried:
-            replica.tell("retried")
-        tried[replica.address] += 1
-        replica.last_turn = next(self._turns)
-        try:
-            answer = await replica.attempt(method, request, deadline.next_hop_s(), read)
-        except (NotFinite, NonFiniteInput) as error:
-            suspects.append(replica)
-            raise NotFinite(f"{self.name}: {error}", self.name, suspects) from None
-        except Unavailable as error:
-            replica.lose(str(error))
-            raise
-        except CorruptReply as error:
-            raise self._wrong(replica, error) from None
-        except (InvalidInput, WrongPart, Overloaded) as error:
-            if self._refusals_are_faults and at is None:
-                raise self._wrong(replica, error) from None
-            raise
-        for suspect in suspects:
-            suspect.refuse("it computed rows that are not finite where another replica's are")
-        return answer
+    def _can_compare(self) -> bool:
+        """Whether a replica that was ejected can be compared with another before it returns."""
+        return bool(self.live) and not self._failover.jury.keeps_sequences
 
     def _follow_event(self, happened: ReplicaEvent) -> None:
         if happened.what == "lost":
             self._members.look_up()  # whoever took its place may have another address
         self._notify(happened)
-
-    def _wrong(self, replica: Replica, error: Exception) -> CorruptReply:
-        replica.refuse(str(error))
-        return CorruptReply(f"{self.name} gave a reply that cannot be right: {error}", self.name)
-
-    def _pick(self, tried: Counter[str], at: Replica | None = None) -> Replica | None:
-        if at is not None:
-            return at if at.answers and not tried[at.address] else None
-        left = [one for one in self.replicas if one.state is State.LIVE and not tried[one.address]] or [
-            one for one in self.replicas if one.state is State.DRAINING and not tried[one.address]
-        ]
-        if len(left) == 1:
-            return left[0]
-        return min(left, key=lambda one: (one.calls_under_way, one.last_turn), default=None)
+        if happened.what in ("lost", "ejected", "refused", "draining") and not self.has_live:
+            for one in self.replicas:
+                if one.address != happened.address:
+                    one.pardon("nobody else is left")

@@ -59,7 +59,15 @@ SHED = Counter(
     ["queue", "reason"],
 )
 UNDER_WAY = Gauge("expertmesh_under_way", "Passes and steps that are computed just now.", ["kind"])
-REPLICA_EVENTS = Counter("expertmesh_replica_events", "What happened to replicas.", ["service", "event"])
+REPLICA_EVENTS = Counter("expertmesh_replica_events", "What happened to replicas.", ["service", "what"])
+CALLS = Counter(
+    "expertmesh_calls",
+    "Calls to services: the first for a request, one more since that failed, since it was late, or as a proof.",
+    ["service", "why"],
+)
+EJECTIONS = Counter(
+    "expertmesh_ejections", "Replicas left for being wrong, failing or slow.", ["service", "address", "why"]
+)
 REPLICAS_LIVE = Gauge("expertmesh_replicas_live", "Replicas that are verified and answer.", ["service"])
 
 

@@ -20,9 +20,10 @@ from expertmesh.checkpoint import manifest as names
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.errors import CorruptReply, Unavailable
 from expertmesh.mesh_file import MeshFile
+from expertmesh.rpc.admission import require_parts
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.link.channel import LinkChannel
-from expertmesh.rpc.replica import ReplicaEvent, State, require_parts
+from expertmesh.rpc.replica import ReplicaEvent, State
 from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.rpc.resolver import Names
 from expertmesh.telemetry import metrics
@@ -35,7 +36,7 @@ from .stubs import STUBS
 ANSWER_CALLERS = ("tokenizer", "full_model")  # what they refuse is the caller's text; other requests are the mesh's own
 MESSAGE_MARGIN_BYTES = 64 * 2**10  # for what a message has beside its rows
 PLACE_BYTES = 64  # of where a row belongs in the KV cache
-ORDERLY = ("live", "retried", "draining", "left")  # events that nobody need worry about
+ORDERLY = ("live", "retried", "returned", "draining", "left")  # events that nobody need worry about
 MEET_TIMEOUT_S = 5.0  # services that are new get so long to be met before what left is let go
 
 

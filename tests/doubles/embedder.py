@@ -11,13 +11,14 @@ from typing import Any
 import grpc.aio
 
 from expertmesh import wire
+from expertmesh.rpc.admission import require_parts
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.guard import Guard
 from expertmesh.rpc.interceptor import CallInterceptor
 from expertmesh.rpc.link.servicer import LinkServicer
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.replica import ReplicaEvent, require_parts
+from expertmesh.rpc.replica import ReplicaEvent
 from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.rpc.resolver import Names
 from expertmesh.rpc.server import Program, Servicer, register

@@ -1,0 +1,73 @@
+"""Replica sets of embeddings that are met before a test begins, and everything they tell."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from expertmesh import wire
+from expertmesh.rpc.admission import require_parts
+from expertmesh.rpc.channel import open_channel
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.origin import Origin
+from expertmesh.rpc.replica import ReplicaEvent
+from expertmesh.rpc.replicas import ReplicaSet
+from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
+from expertmesh.v1.embedding_pb2_grpc import EmbeddingServiceStub
+from tests.doubles.honest import DIGEST, Honest
+
+WAIT_S = 10.0
+PARTS = {"embedding": DIGEST}
+
+
+def read_number(reply: EmbedResponse, origin: Origin) -> float:
+    return float(wire.decode_finite(reply.rows, (1, 2), "rows")[0, 0])
+
+
+class Events:
+    """Everything a replica set told, and a way to wait for it."""
+
+    def __init__(self) -> None:
+        self.seen: list[ReplicaEvent] = []
+        self._news = asyncio.Event()
+
+    def __call__(self, event: ReplicaEvent) -> None:
+        self.seen.append(event)
+        self._news.set()
+
+    def count(self, what: str, address: str | None = None) -> int:
+        return sum(event.what == what and address in (None, event.address) for event in self.seen)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not holds():
+                self._news.clear()
+                await self._news.wait()
+
+
+@asynccontextmanager
+async def replica_set(*addresses: str, live: int | None = None) -> AsyncIterator[tuple[ReplicaSet, Events]]:
+    """A set whose replicas have been met: as many are live as `live` says, all by default."""
+    events = Events()
+    wanted = len(addresses) if live is None else live
+    admit = partial(require_parts, kind="embedding", model_digest="", parts=PARTS)
+    async with ReplicaSet("embedding", addresses, open_channel, EmbeddingServiceStub, admit, events) as replicas:
+        await events.until(lambda: len(replicas.live) == wanted)
+        yield replicas, events
+
+
+@asynccontextmanager
+async def served(*doubles: Honest) -> AsyncIterator[list[str]]:
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(double.served()) for double in doubles]
+
+
+def ask(replicas: ReplicaSet, timeout_s: float = WAIT_S, milliseconds: int = 0) -> Any:
+    """One call; a `Sleepy` replica blocks for so long."""
+    request = EmbedRequest(ids=wire.encode(np.array([milliseconds], np.int32)))
+    return replicas.call("Embed", request, Deadline.after(timeout_s), read_number)
