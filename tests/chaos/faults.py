@@ -6,13 +6,14 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc.aio
 
-from expertmesh.v1.fault_pb2 import MisbehaveRequest, Misbehaviour
+from expertmesh.v1.fault_pb2 import MisbehaveRequest
 from expertmesh.v1.fault_pb2_grpc import FaultServiceStub
 from tests.chaos.mesh import Mesh
 from tests.chaos.proxy import HONEST, Fault, Proxy
@@ -81,6 +82,18 @@ class Injector:
         """kill -9; returns when it is gone."""
         await self._end(name, signal.SIGKILL)
 
+    @asynccontextmanager
+    async def down(self, name: str) -> AsyncIterator[None]:
+        """kill -9, and as long as the context is open it cannot be started again: a folder is where its socket was."""
+        path = Path(self._mesh.services()[name].address.removeprefix("unix:"))
+        with self.marked("down", name):
+            await self.kill(name)
+            block(path)
+            try:
+                yield
+            finally:
+                unblock(path)
+
     async def terminate(self, name: str) -> None:
         """SIGTERM, upon which it ends in peace; returns when it is gone."""
         await self._end(name, signal.SIGTERM)
@@ -98,7 +111,7 @@ class Injector:
 
     async def misbehave(self, name: str, kind: str, seconds: float, delay_ms: int = 0) -> None:
         """Has an expert go wrong for a time, as `Misbehaviour` tells; the mark's `hits` says how often it did."""
-        value = Misbehaviour.Value(f"MISBEHAVIOUR_{kind}")
+        value = f"MISBEHAVIOUR_{kind}"
         with self.marked(kind.lower().replace("_", " "), name) as mark:
             before = await self._ask(name, MisbehaveRequest(kind=value, delay_ms=delay_ms, seconds=seconds))
             await asyncio.sleep(seconds)
@@ -160,3 +173,14 @@ class Injector:
             reply = await FaultServiceStub(channel).Misbehave(request, timeout=10)
         gone_wrong: int = reply.gone_wrong
         return gone_wrong
+
+
+def block(path: Path) -> None:
+    """Puts a folder where a socket was, so that nobody can listen there."""
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def unblock(path: Path) -> None:
+    """Takes it away."""
+    path.rmdir()

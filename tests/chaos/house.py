@@ -1,7 +1,7 @@
 """`expertmesh up` with what its options do not offer: devices that are simulated, and proxies before replicas.
 
-`python -m tests.chaos.house TOML up MODEL ...`, where the file holds tables `simulate` (service or kind to `STEP_MS+ROW_US`)
-and `proxies` (address of a replica to the one that the mesh file names in its place).
+`python -m tests.chaos.house TOML up MODEL ...`, where the file holds tables `simulate` (service or kind to
+`STEP_MS+ROW_US`) and `proxies` (address of a replica to the one that the mesh file names in its place).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def run(extras: Mapping[str, Any], arguments: list[str]) -> None:
         )
         write(replace(mesh_file, services=services), path)
 
-    up.plan_mesh = simulated  # type: ignore[assignment]
-    MeshFile.write = write_proxied  # type: ignore[method-assign]
+    up.plan_mesh = simulated  # type: ignore[attr-defined]
+    MeshFile.write = write_proxied  # type: ignore[method-assign, assignment]
     sys.argv = ["expertmesh", *arguments]
     main.main()
 

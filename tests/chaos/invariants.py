@@ -80,8 +80,10 @@ Judged = tuple[str, list[str]]
 
 def ends_once(evidence: Evidence) -> Judged:
     """Every request that was sent has one end, and an answer that is OK says once that it is whole."""
-    times = Counter((record.kind, record.number) for record in evidence.records)
-    breaches = [f"{kind} {number} ended {count} times" for (kind, number), count in times.items() if count != 1]
+    times = Counter((record.load, record.number) for record in evidence.records)
+    breaches = [
+        f"request {number} of load {load} ended {count} times" for (load, number), count in times.items() if count != 1
+    ]
     if len(times) != evidence.sent:
         breaches.append(f"{evidence.sent} were sent and {len(times)} ended")
     if not evidence.sent:
@@ -201,7 +203,7 @@ INVARIANTS: Mapping[str, Callable[[Evidence], Judged]] = {
     "tasks are back": tasks_return,
     "descriptors are back": descriptors_return,
     "KV blocks are back": blocks_return,
-    "expert calls ≤ 1.2 × ideal": asks_experts_little,
+    "expert calls within 1.2 of ideal": asks_experts_little,
 }
 
 

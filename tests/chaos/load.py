@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -43,19 +43,24 @@ class Load:
     """Asks until it is told to stop; every request leaves one record.
 
     Args:
-        samples: What to ask, drawn by seed.
-        gateways: Whom, in turn; each has a channel of its own.
+        samples: What to ask, drawn at random.
+        gateways: Tells whom, in turn; each has a channel of its own.
         rate: How fast.
-        seed: Of what is drawn.
+        number: Of this load; what is drawn depends on it alone.
 
     Attributes:
+        is_paused: While this is set, nothing is sent.
         sent: How many requests, numbered from 0.
         records: Of those that have ended, in the order of their ends.
     """
 
-    def __init__(self, samples: Samples, gateways: Sequence[str], rate: Rate, seed: int = 0) -> None:
-        self._samples, self._gateways, self._rate = samples, list(gateways), rate
-        self._drawn = random.Random(seed)
+    def __init__(self, samples: Samples, gateways: Callable[[], Sequence[str]], rate: Rate, number: int = 0) -> None:
+        self._samples, self._gateways, self._rate, self._number = samples, gateways, rate, number
+        self._drawn = random.Random(number)
+        self._gateway2stub: dict[str, InferenceServiceStub] = {}
+        self._channels: list[grpc.aio.Channel] = []
+        self._answers: set[_Answer] = set()
+        self.is_paused = False
         self._contracts = [name for name, share in rate.contracts for _ in range(share)]
         self._stop = asyncio.Event()
         self._under_way: set[asyncio.Task[None]] = set()
@@ -63,8 +68,6 @@ class Load:
         self.records: list[Record] = []
 
     async def __aenter__(self) -> Load:
-        self._channels = [open_channel(address) for address in self._gateways]
-        self._stubs = [InferenceServiceStub(channel) for channel in self._channels]
         self._clock = asyncio.create_task(self._run())
         return self
 
@@ -89,6 +92,16 @@ class Load:
         while len(self.records) < goal:
             await asyncio.sleep(0.01)
 
+    @property
+    def under_way(self) -> int:
+        """Requests that have not ended."""
+        return len(self._answers)
+
+    @property
+    def streaming(self) -> int:
+        """Streams that have begun to answer and have not ended."""
+        return sum(answer.has_begun for answer in self._answers)
+
     def burst(self, requests: int) -> None:
         """Sends so many at once, beside what the clock says."""
         for _ in range(requests):
@@ -107,16 +120,18 @@ class Load:
                     pass
             if self._stop.is_set():
                 return
-            self._send(due_s)
+            if not self.is_paused:
+                self._send(due_s)
 
     def _send(self, due_s: float) -> None:
         number = self.sent
         self.sent += 1
+        gateways = self._gateways()
         asked = _Asked(
             number,
             self._drawn.randrange(len(self._samples.requests)),
             self._drawn.choice(self._contracts),
-            number % len(self._gateways),
+            gateways[number % len(gateways)],
             due_s,
         )
         task = asyncio.create_task(self._ask(asked))
@@ -128,10 +143,11 @@ class Load:
         timeout_s, kind = self._rate.timeout_s, self._samples.kind
         start_s = time.monotonic()
         record = Record(
-            asked.number, kind, asked.sample, asked.contract, self._gateways[asked.gateway],
+            self._number, asked.number, kind, asked.sample, asked.contract, asked.gateway,
             asked.due_s, start_s, start_s, timeout_s, NEVER,
         )  # fmt: skip
         answer = _Answer(start_s)
+        self._answers.add(answer)
         ask = self._classify if kind == "classify" else self._generate
         reason: dict[str, str] = {}
         code = NEVER
@@ -149,20 +165,28 @@ class Load:
         except ValueError as error:
             code, reason = "UNPARSED", {"text": str(error)}
         finally:
+            self._answers.discard(answer)
             self.records.append(
                 replace(record, end_s=time.monotonic(), code=code, reason=reason, **answer.fields(kind))
             )
 
+    def _stub(self, gateway: str) -> InferenceServiceStub:
+        if gateway not in self._gateway2stub:
+            channel = open_channel(gateway)
+            self._channels.append(channel)
+            self._gateway2stub[gateway] = InferenceServiceStub(channel)
+        return self._gateway2stub[gateway]
+
     async def _classify(self, asked: _Asked, answer: _Answer) -> None:
-        request = ClassifyRequest(contract=pb.Contract.Value(f"CONTRACT_{asked.contract}"))
-        request.MergeFrom(self._samples.requests[asked.sample])
-        reply = await self._stubs[asked.gateway].Classify(request, timeout=self._rate.timeout_s)
+        request = ClassifyRequest(contract=f"CONTRACT_{asked.contract}")
+        request.MergeFrom(self._samples.requests[asked.sample])  # type: ignore[arg-type]
+        reply = await self._stub(asked.gateway).Classify(request, timeout=self._rate.timeout_s)
         answer.classified(_parsed(reply))
 
     async def _generate(self, asked: _Asked, answer: _Answer) -> None:
-        request = GenerateRequest(contract=pb.Contract.Value(f"CONTRACT_{asked.contract}"))
-        request.MergeFrom(self._samples.requests[asked.sample])
-        call = self._stubs[asked.gateway].Generate(request, timeout=self._rate.timeout_s)
+        request = GenerateRequest(contract=f"CONTRACT_{asked.contract}")
+        request.MergeFrom(self._samples.requests[asked.sample])  # type: ignore[arg-type]
+        call = self._stub(asked.gateway).Generate(request, timeout=self._rate.timeout_s)
         try:
             async for message in call:
                 answer.streamed(_parsed(message))
@@ -175,7 +199,7 @@ class _Asked:
     number: int
     sample: int
     contract: str
-    gateway: int
+    gateway: str
     due_s: float
 
 
@@ -189,6 +213,10 @@ class _Answer:
         self._exact = True
         self._bits: list[bytes] = []
         self._finishes = self._messages = 0
+
+    @property
+    def has_begun(self) -> bool:
+        return self._messages > 0
 
     def classified(self, reply: pb.ClassifyResponse) -> None:
         self._arrived()

@@ -13,6 +13,7 @@ class Record:
     """One request.
 
     Attributes:
+        load: Which load it was part of.
         number: Of the request in its load; every number that was sent has one record.
         kind: "classify" or "generate".
         sample: What was asked, by its number among the samples.
@@ -34,6 +35,7 @@ class Record:
         stall_at_s: When that began.
     """
 
+    load: int
     number: int
     kind: str
     sample: int

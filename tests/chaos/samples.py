@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from struct import pack
+from typing import Any
 
 from expertmesh.client import Client
 from expertmesh.v1 import inference_pb2 as pb
@@ -25,7 +26,7 @@ _PROMPTS = (
     "The",
     "LADY MACBETH:\nWhat is it that you",
 )
-_SETTINGS: tuple[dict[str, float | int], ...] = (
+_SETTINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.9, "seed": 11},
     {"temperature": 1.2, "top_k": 40, "seed": 12},

@@ -77,7 +77,8 @@ class Trial:
     Attributes:
         mesh: The mesh.
         injector: Breaks it.
-        load: Of the run that is under way.
+        load: The steady one of the run that is under way.
+        loads: All of that run.
     """
 
     def __init__(self, layout: Layout, rate: Rate, samples: Samples | None = None) -> None:
@@ -88,6 +89,7 @@ class Trial:
         self.injector = Injector(self.mesh, self._proxies)
         self.watch = Watch(self.mesh)
         self.load: Load
+        self.loads: list[Load] = []
         self._expected: list[bytes] = []
         self._before: dict[str, Vitals] = {}
 
@@ -108,17 +110,23 @@ class Trial:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    async def run(self, breaking: Breaking, rate: Rate | None = None, seed: int = 0) -> Run:
+    def another_load(self, rate: Rate) -> Load:
+        """Load beside the steady one, which is judged with it; an async context manager."""
+        load = Load(self.samples, lambda: self.mesh.gateways, rate, len(self.loads))
+        self.loads.append(load)
+        return load
+
+    async def run(self, breaking: Breaking, rate: Rate | None = None) -> Run:
         """Breaks things under load.
 
         Args:
             breaking: Does it, and returns when it is over; what was killed is started again meanwhile or afterwards.
             rate: Of the load, if it is another than the trial's.
-            seed: Of what is drawn.
         """
         marks, counted = len(self.injector.marks), self.watch.counted.copy()
         started_s = time.monotonic()
-        async with Load(self.samples, self.mesh.gateways, rate or self.rate, seed) as self.load:
+        self.loads = []
+        async with self.another_load(rate or self.rate) as self.load:
             await breaking(self)
             await self.mesh.until_whole()
             healed_s = time.monotonic()
@@ -126,8 +134,8 @@ class Trial:
             ended_s = time.monotonic()
         evidence = await self._settled(
             lambda after: Evidence(
-                self.load.sent,
-                self.load.records,
+                sum(load.sent for load in self.loads),
+                [record for load in self.loads for record in load.records],
                 {self.samples.kind: self._expected},
                 healed_s,
                 self._before,
@@ -147,7 +155,7 @@ class Trial:
 
     async def _warm_up(self) -> None:
         """Load as it will be, without faults, so that memory and connections are there before they are counted."""
-        async with Load(self.samples, self.mesh.gateways, self.rate, seed=-1):
+        async with Load(self.samples, lambda: self.mesh.gateways, self.rate, number=-1):
             await asyncio.sleep(WARM_UP_S)
         await asyncio.sleep(QUIET_S)
         self._before = await self.watch.vitals()
