@@ -6,11 +6,12 @@ BIN := .venv/bin
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+CHAOS_ARGS ?=
 BENCHMARKS := layer classify generate overlap scale profile
 # Threads that wait sleep, so that processes on few cores do not spin against each other.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: run test setup check format stubs bench clean
+.PHONY: run test setup check format stubs bench chaos clean
 
 run: .venv/run
 	$(BIN)/expertmesh demo models/agnews --file examples/headlines.txt --generator models/tinytext
@@ -54,6 +55,9 @@ bench: $(BENCHMARKS:%=bench-%)
 
 bench-%: .venv/dev
 	$(BIN)/python -m benchmarks.$* $(BENCH_ARGS)
+
+chaos: .venv/dev
+	$(BIN)/python -m tests.chaos mixed $(CHAOS_ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -103,9 +103,11 @@ class Load:
         return sum(answer.has_begun for answer in self._answers)
 
     def burst(self, requests: int) -> None:
-        """Sends so many at once, beside what the clock says."""
-        for _ in range(requests):
-            self._send(time.monotonic())
+        """Sends so many at once, beside what the clock says; samples that are not for steady load, in turn."""
+        every, steady = len(self._samples.requests), self._samples.steady
+        bursting = range(steady, every) if steady < every else range(every)
+        for number in range(requests):
+            self._send(time.monotonic(), bursting[number % len(bursting)])
 
     async def _run(self) -> None:
         started_s = time.monotonic()
@@ -121,15 +123,15 @@ class Load:
             if self._stop.is_set():
                 return
             if not self.is_paused:
-                self._send(due_s)
+                self._send(due_s, self._drawn.randrange(self._samples.steady))
 
-    def _send(self, due_s: float) -> None:
+    def _send(self, due_s: float, sample: int) -> None:
         number = self.sent
         self.sent += 1
         gateways = self._gateways()
         asked = _Asked(
             number,
-            self._drawn.randrange(len(self._samples.requests)),
+            sample,
             self._drawn.choice(self._contracts),
             gateways[number % len(gateways)],
             due_s,

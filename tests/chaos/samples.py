@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from struct import pack
@@ -41,10 +40,12 @@ class Samples:
     Attributes:
         kind: "classify" or "generate".
         requests: They say nothing of contract and route.
+        steady: How many of them, from the first on, steady load draws from; bursts draw from the others.
     """
 
     kind: str
     requests: tuple[ClassifyRequest | GenerateRequest, ...]
+    steady: int
 
 
 def classifications(count: int = 32) -> Samples:
@@ -52,19 +53,19 @@ def classifications(count: int = 32) -> Samples:
     lines = (ROOT / "examples" / "headlines.txt").read_text().splitlines()
     texts = [" ".join(lines[(number + more) % len(lines)] for more in range(1 + number % 3)) for number in range(count)]
     requests = [ClassifyRequest(texts=[texts[n], *texts[: n % 4 == 3]]) for n in range(count)]
-    return Samples("classify", tuple(requests))
+    return Samples("classify", tuple(requests), count)
 
 
-def generations(count: int = 16, max_tokens: int = 32) -> Samples:
-    """Prompts with seeds, greedy and drawn; answers of `max_tokens` tokens."""
+def generations(steady: int = 16, max_tokens: int = 16, long: int = 0, long_tokens: int = 96) -> Samples:
+    """Prompts with seeds, greedy and drawn: some with short answers for steady load, some with long ones for bursts."""
     requests = []
-    for number in range(count):
+    for number in range(steady + long):
         settings = _SETTINGS[(number + number // len(_PROMPTS)) % len(_SETTINGS)]
-        request = GenerateRequest(
-            text=_PROMPTS[number % len(_PROMPTS)], max_tokens=max_tokens, ignore_end=True, logprobs=0, **settings
-        )
+        tokens = max_tokens if number < steady else long_tokens
+        prompt = _PROMPTS[number % len(_PROMPTS)]
+        request = GenerateRequest(text=prompt, max_tokens=tokens, ignore_end=True, logprobs=0, **settings)
         requests.append(request)
-    return Samples("generate", tuple(requests))
+    return Samples("generate", tuple(requests), steady)
 
 
 def of_model(model: Path) -> Samples:
@@ -110,8 +111,3 @@ async def undisturbed(address: str, samples: Samples) -> list[bytes]:
         by_whole = await all_by(pb.ROUTE_FULL_MODEL)
     assert by_mesh == by_whole, "mesh and full model differ before anything was broken"
     return by_mesh
-
-
-def differing(answers: Sequence[bytes]) -> int:
-    """How many different answers there are, which tells whether a mix-up could be seen."""
-    return len(set(answers))

@@ -60,7 +60,7 @@ async def stops(wanted: Wanted) -> Outcome:
         )
 
     layout = Layout(TINYTEXT, {"expert": 2, "gating": 2}, expert_services=4)
-    async with Trial(layout, Rate(wanted.per_s or 3.0, 60.0), generations(32, 96)) as trial:
+    async with Trial(layout, Rate(wanted.per_s or 3.0, 60.0), generations(long=32)) as trial:
         run = await trial.run(hang)
     longest_s = max((max(record.stall_s, record.first_s) for record in run.records if record.is_ok), default=0.0)
     targets = [
@@ -133,7 +133,7 @@ async def lost_gateway(wanted: Wanted) -> Outcome:
         trial.load.is_paused = False
 
     layout = Layout(TINYTEXT, {"gateway": 2, "gating": 2}, expert_services=2)
-    async with Trial(layout, Rate(wanted.per_s or 3.0, 30.0), generations(32, 64)) as trial:
+    async with Trial(layout, Rate(wanted.per_s or 3.0, 30.0), generations(long=16)) as trial:
         lost = trial.mesh.services()["gateway.0"].address
         run = await trial.run(lose)
     failed = [record for record in run.records if not record.is_ok]

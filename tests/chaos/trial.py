@@ -42,13 +42,13 @@ class Run:
         memory: (when, bytes) of all processes.
     """
 
-    evidence: Evidence
+    evidence: Evidence = field(repr=False)
     findings: Sequence[Finding]
     marks: Sequence[Mark]
     started_s: float
     ended_s: float
     counted: Mapping[str, float] = field(default_factory=dict)
-    memory: Sequence[tuple[float, int]] = ()
+    memory: Sequence[tuple[float, int]] = field(default=(), repr=False)
 
     @property
     def records(self) -> Sequence[Record]:
@@ -73,6 +73,7 @@ class Trial:
         layout: Of the mesh.
         rate: Of the load.
         samples: What is asked; by default what suits the model.
+        warm_up_s: How long the load goes on, without faults, before anything is counted.
 
     Attributes:
         mesh: The mesh.
@@ -81,8 +82,10 @@ class Trial:
         loads: All of that run.
     """
 
-    def __init__(self, layout: Layout, rate: Rate, samples: Samples | None = None) -> None:
-        self.layout, self.rate = layout, rate
+    def __init__(
+        self, layout: Layout, rate: Rate, samples: Samples | None = None, warm_up_s: float = WARM_UP_S
+    ) -> None:
+        self.layout, self.rate, self._warm_up_s = layout, rate, warm_up_s
         self.samples = samples or of_model(Path(layout.model))
         self.mesh = Mesh(layout)
         self._proxies = {name: Proxy(self.mesh.proxy_of(name), self.mesh.listens(name)) for name in layout.proxies}
@@ -156,7 +159,7 @@ class Trial:
     async def _warm_up(self) -> None:
         """Load as it will be, without faults, so that memory and connections are there before they are counted."""
         async with Load(self.samples, lambda: self.mesh.gateways, self.rate, number=-1):
-            await asyncio.sleep(WARM_UP_S)
+            await asyncio.sleep(self._warm_up_s)
         await asyncio.sleep(QUIET_S)
         self._before = await self.watch.vitals()
 
