@@ -10,14 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-import grpc
-import grpc.aio
-
-from expertmesh.rpc.channel import open_channel
-from expertmesh.rpc.errors import error_info
 from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1.inference_pb2 import ClassifyRequest, GenerateRequest
-from expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
+from tests.chaos.askers import Asker, BareAsker, ClientAsker, Failed
 from tests.chaos.record import NEVER, OK, Record
 from tests.chaos.samples import Samples, classified_bits, token_bits
 
@@ -32,11 +27,13 @@ class Rate:
         per_s: Requests a second.
         timeout_s: Their deadline.
         contracts: Name of a contract to how often it comes among the others.
+        by_client: Whether whoever asks uses a `Client` with all gateways; else each request goes to one, in turn.
     """
 
     per_s: float
     timeout_s: float = 10.0
     contracts: tuple[tuple[str, int], ...] = (("EXACT", 1),)
+    by_client: bool = False
 
 
 class Load:
@@ -57,8 +54,7 @@ class Load:
     def __init__(self, samples: Samples, gateways: Callable[[], Sequence[str]], rate: Rate, number: int = 0) -> None:
         self._samples, self._gateways, self._rate, self._number = samples, gateways, rate, number
         self._drawn = random.Random(number)
-        self._gateway2stub: dict[str, InferenceServiceStub] = {}
-        self._channels: list[grpc.aio.Channel] = []
+        self._askers: dict[str, Asker] = {}
         self._answers: set[_Answer] = set()
         self.is_paused = False
         self._contracts = [name for name, share in rate.contracts for _ in range(share)]
@@ -83,8 +79,8 @@ class Load:
         for task in self._under_way:
             task.cancel()
         await asyncio.gather(*self._under_way, return_exceptions=True)
-        for channel in self._channels:
-            await channel.close()
+        for asker in self._askers.values():
+            await asker.close()
 
     async def at_least(self, ended: int) -> None:
         """Waits until so many more requests have ended."""
@@ -129,11 +125,12 @@ class Load:
         number = self.sent
         self.sent += 1
         gateways = self._gateways()
+        gateway = ",".join(gateways) if self._rate.by_client else gateways[number % len(gateways)]
         asked = _Asked(
             number,
             sample,
             self._drawn.choice(self._contracts),
-            gateways[number % len(gateways)],
+            gateway,
             due_s,
         )
         task = asyncio.create_task(self._ask(asked))
@@ -157,43 +154,38 @@ class Load:
             async with asyncio.timeout(timeout_s + GIVE_UP_S):
                 await ask(asked, answer)
             code = OK
-        except grpc.aio.AioRpcError as error:
-            code, reason = error.code().name, {"text": error.details() or "", **error_info(error)}
+        except Failed as failed:
+            code, reason = failed.code, failed.reason
         except asyncio.CancelledError:  # as which gRPC gives a status CANCELLED, too
             task = asyncio.current_task()
             code = NEVER if task is None or task.cancelling() else "CANCELLED"
         except TimeoutError:
             code = NEVER
-        except ValueError as error:
-            code, reason = "UNPARSED", {"text": str(error)}
         finally:
             self._answers.discard(answer)
             self.records.append(
                 replace(record, end_s=time.monotonic(), code=code, reason=reason, **answer.fields(kind))
             )
 
-    def _stub(self, gateway: str) -> InferenceServiceStub:
-        if gateway not in self._gateway2stub:
-            channel = open_channel(gateway)
-            self._channels.append(channel)
-            self._gateway2stub[gateway] = InferenceServiceStub(channel)
-        return self._gateway2stub[gateway]
+    def _asker(self, gateway: str) -> Asker:
+        if gateway not in self._askers:
+            timeout_s = self._rate.timeout_s
+            by_client = self._rate.by_client
+            self._askers[gateway] = (
+                ClientAsker(gateway.split(","), timeout_s) if by_client else BareAsker(gateway, timeout_s)
+            )
+        return self._askers[gateway]
 
     async def _classify(self, asked: _Asked, answer: _Answer) -> None:
         request = ClassifyRequest(contract=f"CONTRACT_{asked.contract}")
         request.MergeFrom(self._samples.requests[asked.sample])  # type: ignore[arg-type]
-        reply = await self._stub(asked.gateway).Classify(request, timeout=self._rate.timeout_s)
-        answer.classified(_parsed(reply))
+        answer.classified(await self._asker(asked.gateway).classify(request))
 
     async def _generate(self, asked: _Asked, answer: _Answer) -> None:
         request = GenerateRequest(contract=f"CONTRACT_{asked.contract}")
         request.MergeFrom(self._samples.requests[asked.sample])  # type: ignore[arg-type]
-        call = self._stub(asked.gateway).Generate(request, timeout=self._rate.timeout_s)
-        try:
-            async for message in call:
-                answer.streamed(_parsed(message))
-        finally:
-            call.cancel()
+        async for message in self._asker(asked.gateway).generate(request):
+            answer.streamed(message)
 
 
 @dataclass(frozen=True)
@@ -260,9 +252,3 @@ class _Answer:
         if name not in self._routes:
             self._routes.append(name)
         self._exact = self._exact and exact
-
-
-def _parsed(message: Any) -> Any:
-    if message is None:  # what gRPC gives, with status OK, for bytes that cannot be parsed
-        raise ValueError("the reply cannot be parsed")
-    return message

@@ -31,7 +31,7 @@ async def rolling(wanted: Wanted) -> Outcome:
                 await asyncio.sleep(1.0)
             rounds[0] += 1
 
-    async with Trial(Layout(AGNEWS, {"gateway": 2}), Rate(wanted.per_s or 40.0)) as trial:
+    async with Trial(Layout(AGNEWS, {"gateway": 2}), Rate(wanted.per_s or 40.0, by_client=True)) as trial:
         run = await trial.run(roll)
     sent = run.evidence.sent
     targets = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -147,11 +148,11 @@ class Trial:
             )
         )
         grown = self.watch.counted - counted
-        events = {
-            " ".join(value for _, value in sorted(labels, reverse=True)): count
-            for (name, labels), count in grown.items()
-            if name == "expertmesh_replica_events_total"
-        }
+        events: Counter[str] = Counter()
+        for (name, labels), count in grown.items():
+            if name == "expertmesh_replica_events_total":
+                has = dict(labels)
+                events[f"{has.pop('service')} {' '.join(has.values())}"] += count  # type: ignore[assignment]
         own_marks = self.injector.marks[marks:]
         findings = invariants.judge(evidence)
         return Run(evidence, findings, own_marks, started_s, ended_s, events, list(self.watch.memory))
