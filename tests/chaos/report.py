@@ -1,4 +1,4 @@
-"""What a run tells: tables for people, JSON for programs."""
+"""What a run tells: tables for people on a terminal and in Markdown, JSON for programs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import platform
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +94,45 @@ def show(outcome: Outcome, console: Console) -> None:
 
 
 def write(outcomes: Sequence[Outcome], folder: Path) -> None:
-    """Writes `chaos.json`, and a picture and the failed requests of every run, into a folder."""
+    """Writes `chaos.json`, `report.md`, and a picture and the failed requests of every run, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text("\n".join(_markdown(outcomes)))
     plain = {"machine": machine(), "scenarios": [_plain(outcome) for outcome in outcomes]}
     (folder / "chaos.json").write_text(json.dumps(plain, indent=1))
     for outcome in outcomes:
         for name, run in outcome.runs.items():
-            stem = f"{outcome.scenario}-{name}".replace(" ", "-")
+            stem = _stem(outcome, name)
             (folder / f"{stem}.svg").write_text(timeline(run, f"{outcome.scenario}: {name}"))
             failed = [record for record in run.records if not record.is_ok]
             lines = [json.dumps({**asdict(record), "answer": len(record.answer)}) for record in failed]
             (folder / f"{stem}-failed.jsonl").write_text("\n".join(lines))
+
+
+def _stem(outcome: Outcome, name: str) -> str:
+    return f"{outcome.scenario}-{name}".replace(",", "").replace(" ", "-")
+
+
+def _markdown(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """The lines of `report.md`."""
+    yield f"# Chaos\n\n{date.today():%d %B %Y}, {machine()}.\n"
+    for outcome in outcomes:
+        yield f"## {outcome.scenario}: {'holds' if outcome.holds else 'does not hold'}\n"
+        if outcome.targets:
+            yield "| target | | seen |\n|---|---|---|"
+            yield from (
+                f"| {one.name} | {'met' if one.met else '**not met**'} | {one.seen} |" for one in outcome.targets
+            )
+            yield ""
+        for name, run in outcome.runs.items():
+            seconds = run.ended_s - run.started_s
+            faults = ", ".join(f"{count} {what}" for what, count in Counter(mark.what for mark in run.marks).items())
+            yield f"### {name}\n\n{run.evidence.sent:,} requests in {seconds:.0f} s, {run.failed} failed."
+            yield f"Faults: {faults or 'none'}.\n\n![timeline]({_stem(outcome, name)}.svg)\n"
+            yield "| invariant | | seen |\n|---|---|---|"
+            for one in run.findings:
+                seen = "; ".join([one.figure, *one.breaches[:SHOWN]])
+                yield f"| {one.name} | {'holds' if one.holds else '**broken**'} | {seen} |"
+            yield ""
 
 
 def machine() -> str:
