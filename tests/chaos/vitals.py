@@ -111,6 +111,11 @@ class Watch:
                 calls[has["why"]] += value  # type: ignore[assignment]
         return calls
 
+    async def sequences(self) -> int:
+        """Sequences that hold blocks in gating, in all."""
+        found = await asyncio.gather(*(self.metrics(service) for service in self._mesh.of_kind("gating")))
+        return sum(int(metrics["expertmesh_kv_sequences", frozenset()]) for metrics in found)
+
     async def vitals(self) -> dict[str, Vitals]:
         """What every process holds now, by name; one that does not answer is left out."""
         services = list(self._mesh.services().values())
