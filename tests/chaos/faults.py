@@ -147,12 +147,13 @@ class Injector:
             pid = self.pid(name)
             log.unlink()
             log.symlink_to("/dev/full")
-            os.kill(pid, signal.SIGKILL)
-            await self.until_back(name, pid)
-            await asyncio.sleep(seconds)
-            pid = self.pid(name)
-            log.unlink()
-            os.kill(pid, signal.SIGKILL)
+            try:
+                os.kill(pid, signal.SIGKILL)
+                await self.until_back(name, pid)
+                await asyncio.sleep(seconds)
+            finally:
+                log.unlink()
+            os.kill(self.pid(name), signal.SIGKILL)
 
     async def until_back(self, name: str, old_pid: int) -> None:
         """Waits until a process was started again."""

@@ -22,7 +22,7 @@ from tests.chaos.samples import Samples, of_model, undisturbed
 from tests.chaos.vitals import Vitals, Watch
 
 WARM_UP_S = 6.0
-AFTERWARDS_S = invariants.HEAL_S + 5.0  # load goes on for so long after healing
+AFTERWARDS_S = invariants.HEAL_S + 7.0  # load goes on for so long after healing
 SETTLE_S = 20.0  # KV blocks of a caller that is gone are free within 10 s
 QUIET_S = 1.0
 
