@@ -11,7 +11,7 @@ from statistics import median
 from tests.chaos.record import Record
 from tests.chaos.trial import Run
 
-WIDTH, LEFT, RIGHT = 1000, 60, 20
+WIDTH, LEFT, RIGHT = 1000, 100, 20
 COUNTS_TOP, COUNTS_HEIGHT = 60, 180
 TIMES_TOP, TIMES_HEIGHT = 290, 120
 MARKS_TOP, MARK_HEIGHT = 450, 16
