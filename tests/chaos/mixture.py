@@ -20,7 +20,7 @@ from tests.chaos.wanted import Wanted
 SECONDS = 1800.0
 MISBEHAVIOURS = ("NAN_ROWS", "WRONG_DIGEST", "WRONG_SHAPE", "TRUNCATED", "GARBAGE", "OUT_OF_MEMORY", "HANG", "SLOW")
 CONTRACTS = (("EXACT", 6), ("MESH_ONLY", 1), ("DEGRADED_OK", 1))
-REPLICAS = {"expert": 2, "gating": 2}
+REPLICAS = {"expert": 2, "gating": 2, "gateway": 2}
 EVERY_S = (2.0, 6.0)
 
 Act = Callable[[random.Random], Awaitable[None]]
@@ -39,7 +39,7 @@ class Mixture:
         self._acts: list[Act] = [
             self._kill, self._kill, self._terminate, self._stop, self._misbehave, self._misbehave, self._misbehave,
             self._slow_bytes, self._narrow, self._blackhole, self._corrupt, self._reset, self._half_close,
-            self._full_disk,
+            self._full_disk, self._restart,
         ]  # fmt: skip
 
     async def run(self, seconds: float) -> None:
@@ -109,6 +109,17 @@ class Mixture:
     async def _full_disk(self, drawn: random.Random) -> None:
         await self._on(self._running(("expert", "gating")), lambda name: self._injector.fill_disk(name, 3.0))
 
+    async def _restart(self, drawn: random.Random) -> None:
+        """A rolling restart by the command; services with proxies are left where these expect them."""
+        behind = {name.rpartition(".")[0] for name in self._trial.layout.proxies}
+        services = {one.service for one in self._trial.mesh.services().values()} - behind
+        service = drawn.choice(sorted(services))
+        with self._injector.marked("restart", service) as mark:
+            try:
+                await self._trial.mesh.command("restart", service)
+            except RuntimeError:  # a process that is dead just now cannot be restarted: that is told and harms nothing
+                mark.hits = 0
+
 
 async def mixed(wanted: Wanted) -> Outcome:
     """Both meshes at once, each with a mixture of its own."""
@@ -116,7 +127,7 @@ async def mixed(wanted: Wanted) -> Outcome:
 
     def trial_of(model: Path, per_s: float, timeout_s: float) -> Trial:
         layout = Layout(model, REPLICAS, expert_services=2, proxies=["experts-0-3.1"])
-        return Trial(layout, Rate(wanted.per_s or per_s, timeout_s, CONTRACTS))
+        return Trial(layout, Rate(wanted.per_s or per_s, timeout_s, CONTRACTS, by_client=True))
 
     async with trial_of(AGNEWS, 8.0, 10.0) as classifying, trial_of(TINYTEXT, 2.0, 30.0) as generating:
 
