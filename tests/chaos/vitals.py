@@ -130,7 +130,7 @@ class Watch:
         except (OSError, grpc.aio.AioRpcError):
             return None
         blocks = metrics.get(("expertmesh_kv_blocks", frozenset({("state", "used")})))
-        tasks = int(metrics.get(("expertmesh_tasks", frozenset()), 0))
+        tasks = int(metrics["expertmesh_tasks", frozenset()])
         return Vitals(service.pid, rss_bytes, descriptors, tasks, None if blocks is None else int(blocks))
 
     async def metrics(self, service: Service) -> Metrics:
