@@ -8,11 +8,12 @@ PYTEST_ARGS ?=
 # Processes that run tests, each a file at a time; most of a test's time is one core's.
 WORKERS ?= 2
 BENCH_ARGS ?=
+CHAOS_ARGS ?=
 BENCHMARKS := layer classify generate overlap scale profile
 # Threads that wait sleep, so that processes on few cores do not spin against each other.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: run test setup check format stubs bench clean
+.PHONY: run test setup check format stubs bench chaos clean
 
 run: .venv/run
 	$(BIN)/expertmesh demo models/agnews --file examples/headlines.txt --generator models/tinytext
@@ -56,6 +57,9 @@ bench: $(BENCHMARKS:%=bench-%)
 
 bench-%: .venv/dev
 	$(BIN)/python -m benchmarks.$* $(BENCH_ARGS)
+
+chaos: .venv/dev
+	$(BIN)/python -m tests.chaos mixed $(CHAOS_ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -42,7 +42,8 @@ from expertmesh.v1.tokenizer_pb2 import DecodeRequest, EncodeRequest
 from expertmesh.v1.tokenizer_pb2_grpc import TokenizerServiceStub, add_TokenizerServiceServicer_to_server
 from services.classifier.service import ClassifierServicer
 from services.embedding.service import EmbeddingServicer
-from services.expert.service import ExpertServicer, FaultServicer
+from services.expert.faults import FaultServicer, MisbehavingExpert
+from services.expert.service import ExpertServicer
 from services.full_model.service import LocalClassifier
 from services.gating.service import GatingServicer
 from tests import tiny
@@ -80,7 +81,7 @@ async def stages() -> AsyncIterator[Stages]:
         (add_EmbeddingServiceServicer_to_server, EmbeddingServicer(tiny.stage("embedding"))),
         (add_GatingServiceServicer_to_server, GatingServicer(tiny.stage("gating"))),
         (add_ExpertServiceServicer_to_server, experts),
-        (add_FaultServiceServicer_to_server, FaultServicer(experts)),
+        (add_FaultServiceServicer_to_server, FaultServicer(experts.bank, MisbehavingExpert(experts))),
         (add_ClassifierServiceServicer_to_server, ClassifierServicer(tiny.stage("classifier"))),
         (add_InferenceServiceServicer_to_server, InferenceServicer(full.spec, local)),
         (add_InspectionServiceServicer_to_server, InspectionServicer(local.inspect)),

@@ -24,17 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65xpertmesh/v1/fault.proto\x12\rexpertmesh.v1\"C\n\x13\x43hangeWeightRequest\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\x05\x12\r\n\x05\x64\x65lta\x18\x03 \x01(\x02\"\x16\n\x14\x43hangeWeightResponse2g\n\x0c\x46\x61ultService\x12W\n\x0c\x43hangeWeight\x12\".expertmesh.v1.ChangeWeightRequest\x1a#.expertmesh.v1.ChangeWeightResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65xpertmesh/v1/fault.proto\x12\rexpertmesh.v1\"C\n\x13\x43hangeWeightRequest\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\x05\x12\r\n\x05\x64\x65lta\x18\x03 \x01(\x02\"\x16\n\x14\x43hangeWeightResponse\"|\n\x10MisbehaveRequest\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.expertmesh.v1.Misbehaviour\x12\x0f\n\x05\x63\x61lls\x18\x02 \x01(\x05H\x00\x12\x11\n\x07seconds\x18\x03 \x01(\x01H\x00\x12\x10\n\x08\x64\x65lay_ms\x18\x04 \x01(\x05\x42\x07\n\x05until\"\'\n\x11MisbehaveResponse\x12\x12\n\ngone_wrong\x18\x01 \x01(\x05*\x88\x02\n\x0cMisbehaviour\x12\x1c\n\x18MISBEHAVIOUR_UNSPECIFIED\x10\x00\x12\x19\n\x15MISBEHAVIOUR_NAN_ROWS\x10\x01\x12\x1c\n\x18MISBEHAVIOUR_WRONG_SHAPE\x10\x02\x12\x1d\n\x19MISBEHAVIOUR_WRONG_DIGEST\x10\x03\x12\x1a\n\x16MISBEHAVIOUR_TRUNCATED\x10\x04\x12\x18\n\x14MISBEHAVIOUR_GARBAGE\x10\x05\x12\x15\n\x11MISBEHAVIOUR_SLOW\x10\x06\x12\x1e\n\x1aMISBEHAVIOUR_OUT_OF_MEMORY\x10\x07\x12\x15\n\x11MISBEHAVIOUR_HANG\x10\x08\x32\xb7\x01\n\x0c\x46\x61ultService\x12W\n\x0c\x43hangeWeight\x12\".expertmesh.v1.ChangeWeightRequest\x1a#.expertmesh.v1.ChangeWeightResponse\x12N\n\tMisbehave\x12\x1f.expertmesh.v1.MisbehaveRequest\x1a .expertmesh.v1.MisbehaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.fault_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_MISBEHAVIOUR']._serialized_start=305
+  _globals['_MISBEHAVIOUR']._serialized_end=569
   _globals['_CHANGEWEIGHTREQUEST']._serialized_start=44
   _globals['_CHANGEWEIGHTREQUEST']._serialized_end=111
   _globals['_CHANGEWEIGHTRESPONSE']._serialized_start=113
   _globals['_CHANGEWEIGHTRESPONSE']._serialized_end=135
-  _globals['_FAULTSERVICE']._serialized_start=137
-  _globals['_FAULTSERVICE']._serialized_end=240
+  _globals['_MISBEHAVEREQUEST']._serialized_start=137
+  _globals['_MISBEHAVEREQUEST']._serialized_end=261
+  _globals['_MISBEHAVERESPONSE']._serialized_start=263
+  _globals['_MISBEHAVERESPONSE']._serialized_end=302
+  _globals['_FAULTSERVICE']._serialized_start=572
+  _globals['_FAULTSERVICE']._serialized_end=755
 # @@protoc_insertion_point(module_scope)

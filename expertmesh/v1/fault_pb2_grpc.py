@@ -40,6 +40,11 @@ class FaultServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_fault__pb2.ChangeWeightRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_fault__pb2.ChangeWeightResponse.FromString,
                 _registered_method=True)
+        self.Misbehave = channel.unary_unary(
+                '/expertmesh.v1.FaultService/Misbehave',
+                request_serializer=expertmesh_dot_v1_dot_fault__pb2.MisbehaveRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_fault__pb2.MisbehaveResponse.FromString,
+                _registered_method=True)
 
 
 class FaultServiceServicer(object):
@@ -53,6 +58,13 @@ class FaultServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Misbehave(self, request, context):
+        """Has the next calls of Apply go wrong in one way; takes the place of what was asked for before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FaultServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_FaultServiceServicer_to_server(servicer, server):
                     servicer.ChangeWeight,
                     request_deserializer=expertmesh_dot_v1_dot_fault__pb2.ChangeWeightRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_fault__pb2.ChangeWeightResponse.SerializeToString,
+            ),
+            'Misbehave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Misbehave,
+                    request_deserializer=expertmesh_dot_v1_dot_fault__pb2.MisbehaveRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_fault__pb2.MisbehaveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class FaultService(object):
             '/expertmesh.v1.FaultService/ChangeWeight',
             expertmesh_dot_v1_dot_fault__pb2.ChangeWeightRequest.SerializeToString,
             expertmesh_dot_v1_dot_fault__pb2.ChangeWeightResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Misbehave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.FaultService/Misbehave',
+            expertmesh_dot_v1_dot_fault__pb2.MisbehaveRequest.SerializeToString,
+            expertmesh_dot_v1_dot_fault__pb2.MisbehaveResponse.FromString,
             options,
             channel_credentials,
             insecure,

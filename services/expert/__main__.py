@@ -12,7 +12,8 @@ from expertmesh.telemetry.tracing import Tracing
 from expertmesh.v1.expert_pb2_grpc import add_ExpertServiceServicer_to_server
 from expertmesh.v1.fault_pb2_grpc import add_FaultServiceServicer_to_server
 
-from .service import ExpertServicer, FaultServicer
+from .faults import SERVICE, FaultServicer, MisbehavingExpert
+from .service import ExpertServicer
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,15 @@ def load(settings: ExpertSettings, tracing: Tracing) -> Program:
     spec = stage.spec
     pairs = parse_experts(settings.experts.split(","), spec.sparse_layers, spec.router.experts)
     servicer = ExpertServicer(stage, pairs)
-    registrations = [Servicer("expertmesh.v1.ExpertService", add_ExpertServiceServicer_to_server, servicer)]
-    if settings.faults:
-        faults = FaultServicer(servicer)
-        registrations.append(Servicer("expertmesh.v1.FaultService", add_FaultServiceServicer_to_server, faults))
+    if not settings.faults:
+        registrations = [Servicer(SERVICE, add_ExpertServiceServicer_to_server, servicer)]
+    else:
+        calls = MisbehavingExpert(servicer)
+        faults = FaultServicer(servicer.bank, calls)
+        registrations = [
+            Servicer(SERVICE, MisbehavingExpert.add_to_server, calls),
+            Servicer("expertmesh.v1.FaultService", add_FaultServiceServicer_to_server, faults),
+        ]
     return Program(registrations, stage.description())
 
 

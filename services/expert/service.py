@@ -12,8 +12,6 @@ from expertmesh.serving.stage import Stage
 from expertmesh.telemetry import metrics
 from expertmesh.v1.expert_pb2 import ApplyRequest, ApplyResponse
 from expertmesh.v1.expert_pb2_grpc import ExpertServiceServicer
-from expertmesh.v1.fault_pb2 import ChangeWeightRequest, ChangeWeightResponse
-from expertmesh.v1.fault_pb2_grpc import FaultServiceServicer
 
 from .bank import Bank, Rows
 
@@ -57,22 +55,3 @@ class ExpertServicer(ExpertServiceServicer):
             if (request.layer, expert) not in self.bank.pair2expert:
                 raise WrongPart(f"this service does not hold expert {expert} of layer {request.layer}")
         return Rows(ids, counts, wire.decode_rows(request.rows, (sum(counts), self._stage.spec.width), "rows"))
-
-
-class FaultServicer(FaultServiceServicer):
-    """Faults on demand, offered only with `--faults`."""
-
-    def __init__(self, experts: ExpertServicer) -> None:
-        self._experts = experts
-
-    async def ChangeWeight(
-        self, request: ChangeWeightRequest, context: grpc.aio.ServicerContext
-    ) -> ChangeWeightResponse:
-        """Changes one weight in memory."""
-        expert = self._experts.bank.pair2expert.get((request.layer, request.expert))
-        if expert is None:
-            raise WrongPart(f"this service does not hold expert {request.expert} of layer {request.layer}")
-        weight = expert.down.dense_weight().clone()
-        weight[divmod(int(weight.abs().argmax()), weight.shape[1])] += request.delta
-        expert.down.change_weight(weight)
-        return ChangeWeightResponse()
