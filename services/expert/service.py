@@ -52,7 +52,9 @@ class ExpertServicer(ExpertServiceServicer):
         for expert, count in zip(call.experts, call.counts, strict=True):
             self._tokens[layer, expert].inc(count)
         digests = [self._digests[layer, expert] for expert in call.experts]
-        return ApplyResponse(layer=layer, experts=call.experts, digests=digests, rows=wire.encode(out_ND))
+        response = ApplyResponse(layer=layer, experts=call.experts, digests=digests)
+        wire.fill(response.rows, out_ND)
+        return response
 
     def _checked(self, request: ApplyRequest) -> Rows:
         ids, counts = list(request.experts), list(request.counts)
