@@ -5,6 +5,8 @@ BIN := .venv/bin
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# Processes that run tests, each a file at a time; most of a test's time is one core's.
+WORKERS ?= 2
 BENCH_ARGS ?=
 BENCHMARKS := layer classify generate overlap scale profile
 # Threads that wait sleep, so that processes on few cores do not spin against each other.
@@ -16,7 +18,7 @@ run: .venv/run
 	$(BIN)/expertmesh demo models/agnews --file examples/headlines.txt --generator models/tinytext
 
 test: .venv/dev
-	$(BIN)/python -m pytest --cov --cov-report= $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --cov --cov-report= -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	$(BIN)/coverage report --fail-under=90
 
 setup: .venv/dev

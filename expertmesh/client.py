@@ -1,7 +1,13 @@
-"""A client of the mesh for Python programs: `async with Client("127.0.0.1:50051") as client: ...`."""
+"""A client of the mesh for Python programs: `async with Client("127.0.0.1:50051") as client: ...`.
+
+Of a mesh with several gateways it may be given all: `Client(["127.0.0.1:50051", "127.0.0.1:50052"])`. Then the loss of
+one is not seen: calls are made again at another, and streams go on there.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -11,8 +17,10 @@ import numpy as np
 from google.protobuf.message import EncodeError
 
 from expertmesh.errors import CorruptReply, InvalidInput
-from expertmesh.rpc.channel import open_channel
-from expertmesh.rpc.errors import from_call
+from expertmesh.resumption import Resumption
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.errors import error_info, from_call
+from expertmesh.rpc.gateways import are_several, open_gateways
 from expertmesh.v1.description_pb2 import DescribeRequest, DescribeResponse
 from expertmesh.v1.description_pb2_grpc import DescriptionServiceStub
 from expertmesh.v1.inference_pb2 import (
@@ -36,23 +44,29 @@ from expertmesh.wire import encode
 
 DEFAULT_TIMEOUT_S = 30.0
 GENERATE_TIMEOUT_S = 600.0
+MOST_RESUMPTIONS = 5
+RESUME_AFTER_S = 0.05
+LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 class Client:
-    """A connection to a gateway, or to a full model by itself.
+    """A connection to a gateway, to several of one mesh, or to a full model by itself.
 
     Args:
-        address: Its gRPC address.
+        address: Its gRPC address; of several gateways a list, or one text with commas, each as `IP:PORT`.
         timeout_s: Deadline of each call, in seconds; by default 30, and 600 for one that generates.
 
     Raises:
+        SetupError: Several addresses are given, and one is not `IP:PORT`.
         MeshError: From every call, as `expertmesh.errors` tells.
     """
 
-    def __init__(self, address: str, timeout_s: float | None = None) -> None:
+    def __init__(self, address: str | Sequence[str], timeout_s: float | None = None) -> None:
         self._timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
         self._generate_timeout_s = GENERATE_TIMEOUT_S if timeout_s is None else timeout_s
-        self._channel = open_channel(address)
+        addresses = address.split(",") if isinstance(address, str) else address
+        self._has_several = are_several(addresses)
+        self._channel = open_gateways(addresses)
         self._inference = InferenceServiceStub(self._channel)
         self._inspection = InspectionServiceStub(self._channel)
         self._description = DescriptionServiceStub(self._channel)
@@ -87,16 +101,33 @@ class Client:
         """Generates token by token.
 
         The mesh stops working for it when the generator is closed, so close one that is left before its end:
-        `async with contextlib.aclosing(client.generate(request)) as messages: ...`.
+        `async with contextlib.aclosing(client.generate(request)) as messages: ...`. Where several gateways were given
+        and one is lost, the stream goes on at another, with a request id of its own.
         """
-        call = self._inference.Generate(request, timeout=self._generate_timeout_s)
-        try:
-            async for message in call:
-                yield _parsed(message)
-        except grpc.aio.AioRpcError as error:
-            raise from_call(error, "the gateway") from None
-        finally:
-            call.cancel()  # gRPC does not do it for a stream that nobody reads any more
+        deadline = Deadline.after(self._generate_timeout_s)
+        so_far = Resumption(request)
+        for resumptions in itertools.count():
+            call = self._inference.Generate(so_far.request, timeout=deadline.remaining_s())
+            try:
+                async for message in call:
+                    part = so_far.new_part(_parsed(message))
+                    if part is not None:
+                        yield part
+                return
+            except grpc.aio.AioRpcError as error:
+                if so_far.is_complete:
+                    return
+                if not self._may_resume(error, so_far) or resumptions == MOST_RESUMPTIONS:
+                    raise from_call(error, "the gateway") from None
+            finally:
+                call.cancel()  # gRPC does not do it for a stream that nobody reads any more
+            await asyncio.sleep(RESUME_AFTER_S * 2**resumptions)
+            so_far.begin_again()
+
+    def _may_resume(self, error: grpc.aio.AioRpcError, so_far: Resumption) -> bool:
+        """Whether a stream was lost with its gateway, which told no reason of the mesh, and can be had again."""
+        is_lost = error.code() in LOST and not error_info(error)
+        return self._has_several and is_lost and so_far.has_begun and so_far.is_exact
 
     async def complete(self, request: GenerateRequest) -> CompleteResponse:
         """Generates, and answers when all is done."""

@@ -4,7 +4,8 @@
 stages, the gateway by RPC; both therefore compute the same thing in the same order.
 
 Arrays may be numpy's or torch's: nothing is used here but indexing, `*` and `+`, which are exact in IEEE 754
-and so give the same bits in both. This module opens no socket, imports no torch and knows no weights.
+and so give the same bits in both. Only `leave_out`, which no full model ever needs, is for numpy's alone.
+This module opens no socket, imports no torch and knows no weights.
 
 Shapes: T token rows of all sequences, B sequences, D model width, E experts, K experts per token,
 N = T*K dispatched rows, sorted by expert.
@@ -12,7 +13,7 @@ N = T*K dispatched rows, sorted by expert.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -81,10 +82,14 @@ class ApplyExperts:
 
 @dataclass(frozen=True)
 class Applied:
-    """Rows of the routed experts, in the order they were given, and of the shared ones where they were due; float32."""
+    """Rows of the routed experts, in the order they were given, and of the shared ones where they were due; float32.
+
+    Rows of experts that are `missing` may hold anything: they are left out.
+    """
 
     rows_ND: Array
     shared_TD: Array = None
+    missing: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,36 @@ def combine(
     return add(residual_TD, routed_TD, multiplier)
 
 
+def leave_out(
+    missing: Sequence[int], rows_ND: Array, expert_ids_TK: Array, weights_TK: Array, plan: DispatchPlan
+) -> tuple[Array, Array]:
+    """Makes rows and weights of which `combine` makes what the experts give that are not missing.
+
+    The weights of a token's other experts are made to sum to what they summed to before; a token that wanted none of
+    the missing ones keeps the bits of its weights. The rows left out are -0.0, which adds nothing to any number.
+
+    Args:
+        missing: Experts of this layer.
+        rows_ND: Rows of experts, as numpy's; those of missing ones may hold anything.
+        expert_ids_TK: Chosen experts.
+        weights_TK: Their weights, as numpy's.
+        plan: Of these.
+
+    Returns:
+        Rows and weights.
+    """
+    is_missing_TK = np.isin(np.asarray(expert_ids_TK), missing)
+    kept_TK = np.where(is_missing_TK, np.float32(0), weights_TK)
+    whole_T1, left_T1 = weights_TK.sum(axis=1, keepdims=True), kept_TK.sum(axis=1, keepdims=True)
+    is_to_mend_T1 = is_missing_TK.any(axis=1, keepdims=True) & (left_T1 != 0)
+    mended_TK = np.divide(kept_TK, left_T1, out=kept_TK.copy(), where=is_to_mend_T1)
+    mended_TK = np.multiply(mended_TK, whole_T1, out=mended_TK, where=is_to_mend_T1)
+    mended_TK[is_missing_TK] = 0  # of a sign that leaves -0.0 as it is
+    is_missing_N = np.zeros(len(rows_ND), np.bool_)
+    is_missing_N[plan.choice2row_TK[is_missing_TK]] = True
+    return np.where(is_missing_N[:, None], np.float32(-0.0), rows_ND), mended_TK
+
+
 def add(residual_TD: Array, more_TD: Array, multiplier: float = 1.0) -> Array:
     """Adds something to the residual stream."""
     return residual_TD + (more_TD if multiplier == 1.0 else more_TD * multiplier)
@@ -200,7 +235,10 @@ def layer_loop(shape: Shape, ids_T: Array, lengths_B: Array) -> Loop[Array]:
         residual_TD = gated.residual_TD
         if gated.shared_is_due:
             residual_TD = add(residual_TD, applied.shared_TD, shape.residual_multiplier)
-        x_TD = combine(residual_TD, applied.rows_ND, gated.weights_TK, plan, shape.residual_multiplier)
+        rows_ND, weights_TK = applied.rows_ND, gated.weights_TK
+        if applied.missing:
+            rows_ND, weights_TK = leave_out(applied.missing, rows_ND, gated.expert_ids_TK, weights_TK, plan)
+        x_TD = combine(residual_TD, rows_ND, weights_TK, plan, shape.residual_multiplier)
     return x_TD
 
 

@@ -17,6 +17,16 @@ The translation to a status lives in `expertmesh.rpc.errors`; this module knows 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Suspect(Protocol):
+    """A replica that may be wrong."""
+
+    def refuse(self, reason: str) -> None:
+        """Takes it out of the traffic for a while."""
+
 
 class MeshError(Exception):
     """Base of every error that expertmesh raises on purpose; its text is fit to be shown to a caller."""
@@ -78,11 +88,33 @@ class DeadlineExceeded(MeshError):
 
 
 class CorruptReply(MeshError):
-    """A replica's reply has the wrong shape, part, digest, or rows that are not finite."""
+    """A replica's reply has the wrong shape, part, digest, or rows that are not finite.
+
+    Args:
+        message: What is wrong with it.
+        stage: Whose it is, as the mesh file names it; empty where that is not known.
+    """
+
+    def __init__(self, message: str, stage: str = "") -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.layer: int | None = None
+        self.expert: int | None = None
 
 
 class NotFinite(CorruptReply):
-    """NaN or infinity was computed: a fault of the replica, or what the model makes of this very sequence."""
+    """NaN or infinity was computed: a fault of the replica, or what the model makes of this very sequence.
+
+    Args:
+        message: Where.
+        stage: Whose it is.
+        suspects: The replicas that computed it. It is the model's own where more than one agree.
+    """
+
+    def __init__(self, message: str, stage: str = "", suspects: Sequence[Suspect] = ()) -> None:
+        super().__init__(message, stage)
+        self.suspects = tuple(suspects)
+        self.is_agreed = len(self.suspects) > 1
 
 
 class SetupError(MeshError):

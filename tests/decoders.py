@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from expertmesh.model.cache import CachedSequences, KeyValueCache, Span, blocks_of
 from expertmesh.model.full import FullModel
-from expertmesh.model.layers import DTYPES, LayerNorm, RMSNorm, narrow
+from expertmesh.model.layers import DTYPES, LayerNorm, RMSNorm, arrange, narrow
 from expertmesh.model.spec import (
     AttentionSpec,
     DenseSpec,
@@ -142,8 +142,8 @@ SPECS |= {f"{name} in bfloat16": replace(SPECS[name], dtype="bfloat16") for name
 
 @functools.cache
 def full_model(name: str) -> FullModel:
-    """One of `SPECS` with random weights. Do not change it; see `random_model`."""
-    return random_model(SPECS[name])
+    """One of `SPECS` with random weights, arranged as services have them. Do not change it; see `random_model`."""
+    return arrange(random_model(SPECS[name]))
 
 
 def random_model(spec: ModelSpec, seed: int = 0) -> FullModel:

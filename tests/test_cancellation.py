@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc.aio
@@ -16,7 +17,7 @@ from expertmesh.client import Client
 from expertmesh.errors import DeadlineExceeded, Overloaded
 from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
-from tests.generating import answer_of, asked, metrics_of, model, streamed, until, used_blocks
+from tests.generating import Answer, answer_of, asked, metrics_of, model, streamed, until, used_blocks
 from tests.up import Up
 
 STREAMS = 200
@@ -26,6 +27,9 @@ SPARE_FILES = 4
 SPARE_BYTES = 24 * 2**20
 SPARE_TASKS = 2  # that may be answering those who look
 TASKS = "expertmesh_tasks"
+TASKS_EVERY_S = 0.5  # processes count theirs
+REST_LOOKS = 60  # in which tasks stay what they are
+ROUTES = (pb.ROUTE_MESH, pb.ROUTE_FULL_MODEL)
 
 VICTIM = """
 import asyncio, sys
@@ -49,6 +53,47 @@ def up() -> Iterator[Up]:
         yield running
 
 
+async def tasks_at_rest(up: Up) -> dict[str, float]:
+    """Tasks of each process, once they have stayed what they are for a while."""
+    names = list(up.processes())
+    seen: list[list[float]] = []
+
+    async def rests() -> bool:
+        seen.append([numbers[TASKS] for numbers in await asyncio.gather(*(metrics_of(up, name) for name in names))])
+        of_each = list(zip(*seen[-REST_LOOKS:], strict=True))
+        return len(seen) >= REST_LOOKS and all(min(of) > 0 and max(of) - min(of) <= SPARE_TASKS for of in of_each)
+
+    await until(rests, timeout_s=120)
+    return dict(zip(names, map(min, zip(*seen[-REST_LOOKS:], strict=True)), strict=True))
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A mesh that has served and that nobody asks for anything.
+
+    Attributes:
+        tasks: Of each process.
+        answer: What it gives to a request.
+    """
+
+    tasks: dict[str, float]
+    answer: Answer
+
+    @classmethod
+    async def of(cls, up: Up) -> Rest:
+        """After streams by both routes."""
+        async with Client(up.grpc) as client:
+            for route in ROUTES:
+                await asyncio.gather(*(streamed(client, asked(50, 20, route=route)) for _ in range(40)))
+            answer = answer_of(await streamed(client, asked(33, 30)))
+            return cls(await tasks_at_rest(up), answer)
+
+
+@pytest.fixture(scope="module")
+def rest(up: Up) -> Rest:
+    return asyncio.run(Rest.of(up))
+
+
 class Baseline:
     """What a mesh holds when nobody asks for anything, and that it holds no more later."""
 
@@ -58,23 +103,9 @@ class Baseline:
         self._files = {name: self._open_files(name) for name in up.processes()}
         self._bytes = {name: self._resident_bytes(name) for name in up.processes()}
 
-    @classmethod
-    async def of(cls, up: Up) -> Baseline:
-        """What it holds once it has come to rest."""
-        at_rest: dict[str, float] = {}
-        for name in up.processes():
-            seen: list[float] = []
-
-            async def rests(name: str = name, seen: list[float] = seen) -> bool:
-                seen.append((await metrics_of(up, name))[TASKS])
-                return seen[-1] > 0 and len(seen) > 60 and max(seen[-60:]) - min(seen[-60:]) <= SPARE_TASKS
-
-            await until(rests)
-            at_rest[name] = min(seen[-60:])
-        return cls(up, at_rest)
-
     async def restored(self) -> None:
         await until(self._is_idle)
+        await asyncio.sleep(2 * TASKS_EVERY_S)  # what is told of tasks may be that old, from before the test
         await until(self._has_no_more_tasks)
         await until(self._has_closed)
         for name, before in self._bytes.items():
@@ -109,17 +140,14 @@ class Baseline:
 
 
 @pytest.fixture
-async def baseline(up: Up) -> AsyncIterator[Baseline]:
+async def baseline(up: Up, rest: Rest) -> AsyncIterator[Baseline]:
     """Checks around a test that a mesh that has served before ends as it began."""
     async with Client(up.grpc) as client:
-        for route in (pb.ROUTE_MESH, pb.ROUTE_FULL_MODEL):
-            await asyncio.gather(*(streamed(client, asked(50, 20, route=route)) for _ in range(40)))
-        expected = answer_of(await streamed(client, asked(33, 30)))
-        found = await Baseline.of(up)
+        found = Baseline(up, rest.tasks)
         yield found
         await found.restored()
-        for route in (pb.ROUTE_MESH, pb.ROUTE_FULL_MODEL):
-            assert answer_of(await streamed(client, asked(33, 30, route=route))) == expected
+        for route in ROUTES:
+            assert answer_of(await streamed(client, asked(33, 30, route=route))) == rest.answer
 
 
 def endless(number: int, **fields: object) -> pb.GenerateRequest:
@@ -128,7 +156,7 @@ def endless(number: int, **fields: object) -> pb.GenerateRequest:
     return asked(prompt, LONG, temperature=1.0, seed=number, n=1 + (number % 10 == 0), **fields)
 
 
-@pytest.mark.parametrize("route", [pb.ROUTE_MESH, pb.ROUTE_FULL_MODEL])
+@pytest.mark.parametrize("route", ROUTES)
 async def test_200_streams_left_at_random_moments_leave_nothing(up: Up, baseline: Baseline, route: pb.Route) -> None:
     chance = random.Random(6)
     left = []

@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from expertmesh.dispatch import (
     drive,
     drive_async,
     layer_loop,
+    leave_out,
     plan_dispatch,
 )
 
@@ -234,6 +236,93 @@ def test_combine_would_differ_in_another_order() -> None:
     weights_TK, residual_TD = np.ones((1, 3), dtype=np.float32), np.zeros((1, 1), dtype=np.float32)
     assert combine(residual_TD, rows_ND, weights_TK, plan).item() == 0.0
     assert combine(residual_TD, rows_ND[[0, 2, 1]], weights_TK, plan).item() == 1.0
+
+
+# leave_out
+
+
+@st.composite
+def absences(draw: st.DrawFn) -> tuple[tuple[np.ndarray, int], list[int], int, float]:
+    """A routing, the experts that are missing, a seed and a residual multiplier."""
+    routing = draw(routings())
+    missing = draw(st.lists(st.integers(0, routing[1] - 1), min_size=1, unique=True).map(sorted))
+    return routing, missing, draw(st.integers(0, 2**31)), draw(st.sampled_from([1.0, 0.22, 3.0]))
+
+
+@hypotheses
+@given(absences())
+def test_without_experts_the_others_make_up_for_them_and_nobody_else_changes(absence: Any) -> None:
+    (ids_TK, experts), missing, seed, multiplier = absence
+    residual_TD, rows_ND, weights_TK, plan = combine_inputs((ids_TK, experts), seed)
+    whole_TD = combine(residual_TD, rows_ND, weights_TK, plan, multiplier)
+    is_missing_TK = np.isin(ids_TK, missing)
+    spoilt_ND = rows_ND.copy()
+    spoilt_ND[plan.choice2row_TK[is_missing_TK]] = np.nan
+    kept_ND, mended_TK = leave_out(missing, spoilt_ND, ids_TK, weights_TK, plan)
+    x_TD = combine(residual_TD, kept_ND, mended_TK, plan, multiplier)
+    assert equal_bits(spoilt_ND[~np.isnan(spoilt_ND)], kept_ND[~np.isnan(spoilt_ND)])  # nothing was changed in place
+    for token, gone_K in enumerate(is_missing_TK):
+        if not gone_K.any():
+            assert equal_bits(mended_TK[token], weights_TK[token])
+            assert equal_bits(x_TD[token], whole_TD[token])
+        elif gone_K.all():
+            assert equal_bits(x_TD[token], residual_TD[token])
+        else:
+            assert mended_TK[token].sum() == pytest.approx(weights_TK[token].sum(), rel=1e-5)
+            assert not mended_TK[token][gone_K].any()
+            ratios = mended_TK[token][~gone_K] / weights_TK[token][~gone_K]
+            assert ratios == pytest.approx(ratios[0], rel=1e-5)
+            alone = plan_dispatch(ids_TK[token : token + 1, ~gone_K], experts)  # as if it had chosen no others
+            rows_KD = kept_ND[plan.choice2row_TK[token, ~gone_K]]
+            expected = combine(
+                residual_TD[token : token + 1], rows_KD, mended_TK[None, token, ~gone_K], alone, multiplier
+            )
+            assert equal_bits(x_TD[token], expected[0])
+
+
+@hypotheses
+@given(absences())
+def test_without_experts_a_token_has_the_same_bits_alone_and_in_company(absence: Any) -> None:
+    (ids_TK, experts), missing, seed, multiplier = absence
+    residual_TD, rows_ND, weights_TK, plan = combine_inputs((ids_TK, experts), seed)
+    x_TD = combine(residual_TD, *leave_out(missing, rows_ND, ids_TK, weights_TK, plan), plan, multiplier)
+    for token in range(len(ids_TK)):
+        one = slice(token, token + 1)
+        alone = plan_dispatch(ids_TK[one], experts)
+        left = leave_out(missing, rows_ND[plan.choice2row_TK[token]], ids_TK[one], weights_TK[one], alone)
+        assert equal_bits(combine(residual_TD[one], *left, alone, multiplier)[0], x_TD[token])
+
+
+def test_weights_that_are_next_to_nothing_are_mended_too() -> None:
+    plan = plan_dispatch(np.array([[0, 1], [0, 2]]), 3)
+    weights_TK = np.array([[1.0, 1e-38], [1.0, 0.0]], np.float32)
+    kept_ND, mended_TK = leave_out([0], np.ones((4, 1), np.float32), np.array([[0, 1], [0, 2]]), weights_TK, plan)
+    assert mended_TK.tolist() == [[0.0, 1.0], [0.0, 0.0]]
+    assert combine(np.zeros((2, 1), np.float32), kept_ND, mended_TK, plan).tolist() == [[1.0], [0.0]]
+
+
+@pytest.mark.parametrize("shared_is_due", [False, True])
+def test_the_loop_leaves_out_what_is_missing_and_keeps_the_shared_experts(shared_is_due: bool) -> None:
+    class Lacking(ScriptedStages):
+        def __call__(self, call: StageCall) -> Any:
+            result = super().__call__(call)
+            if isinstance(call, ApplyExperts):
+                rows_ND = result.rows_ND.copy()
+                rows_ND[: call.counts_E[0]] = np.nan
+                return Applied(rows_ND, normal(77, 1, WIDTH) if shared_is_due else None, [0])
+            if isinstance(call, Gate):
+                return replace(result, shared_is_due=shared_is_due)
+            return result
+
+    stages, whole = Lacking(), ScriptedStages()
+    x_TD = drive(layer_loop(shape_of(1), IDS_T, LENGTHS_B), stages)
+    gated = ScriptedStages()(stages.asked[1])
+    plan = plan_dispatch(gated.expert_ids_TK, 4)
+    applied = whole(stages.asked[2])
+    residual_TD = gated.residual_TD + (normal(77, 1, WIDTH) if shared_is_due else np.float32(-0.0))
+    left = leave_out([0], applied.rows_ND, gated.expert_ids_TK, gated.weights_TK, plan)
+    assert np.isfinite(x_TD).all()
+    assert equal_bits(x_TD, combine(residual_TD, *left, plan))
 
 
 # layer_loop

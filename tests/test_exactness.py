@@ -15,6 +15,7 @@ from expertmesh.v1.inference_pb2 import ROUTE_FULL_MODEL, ROUTE_MESH
 from expertmesh.verification import compare
 from tests.up import Up, run
 
+FILE_TEXTS = 96  # every expert of the model gets rows of them, in several calls at once
 WORDS = " ".join(
     [
         "the oil price striker goal minister treaty chip software U.S. $46 3-2 &lt;b&gt; quot; é 中 — report said",
@@ -32,7 +33,7 @@ def texts() -> list[str]:
 @pytest.fixture(scope="module")
 def texts_file(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inputs") / "texts.txt"
-    path.write_text("\n".join(texts) + "\n")
+    path.write_text("\n".join(texts[:FILE_TEXTS]) + "\n")
     return path
 
 
@@ -52,9 +53,9 @@ async def test_an_answer_does_not_depend_on_the_call_it_came_in(client: Client, 
 
 @pytest.mark.parametrize("services", [1, 3])
 def test_verify_finds_no_difference_for_experts_spread_otherwise(model: Path, texts_file: Path, services: int) -> None:
-    ended = run("verify", model, "--inputs", texts_file, "--expert-services", services, "--callers", 8)
+    ended = run("verify", model, "--inputs", texts_file, "--expert-services", services, "--call-texts", 16)
     assert ended.returncode == 0, ended.stderr
-    assert "differ              0 of 200" in ended.stdout
+    assert f"differ              0 of {FILE_TEXTS}" in ended.stdout
 
 
 def test_verify_names_layer_and_expert_of_a_weight_changed_in_memory(model: Path, texts_file: Path) -> None:

@@ -17,7 +17,14 @@ from expertmesh.client import Client
 from expertmesh.errors import Unavailable
 from expertmesh.rpc.replica import ATTEMPT_TIMEOUT_S
 from expertmesh.serving.inference import route_name
-from expertmesh.v1.inference_pb2 import CONTRACT_MESH_ONLY, ROUTE_FULL_MODEL, ClassifyResponse
+from expertmesh.v1.inference_pb2 import (
+    CONTRACT_DEGRADED_OK,
+    CONTRACT_MESH_ONLY,
+    ROUTE_DEGRADED,
+    ROUTE_FULL_MODEL,
+    ROUTE_MESH,
+    ClassifyResponse,
+)
 from tests.up import Up, run, wait_until
 
 CALLERS = 16
@@ -117,6 +124,17 @@ async def test_without_any_route_the_caller_is_told_at_once(fragile: Up, headlin
         with pytest.raises(Unavailable) as unavailable:
             await client.classify(headlines[:1])
         assert unavailable.value.expert == 3
+        results = (await client.classify(headlines, contract=CONTRACT_DEGRADED_OK)).results
+        assert ROUTE_DEGRADED in {result.route for result in results}
+        for result in results:
+            assert (result.route == ROUTE_MESH) == result.exact == (not result.missing_experts)
+            assert {one.expert for one in result.missing_experts} <= {3}
+        body = {"text": headlines[0], "contract": "degraded-ok"}
+        reply = (await http.post("/api/v1/infer", json=body)).json()
+        assert (reply["route"], reply["exact"]) == (route_name(results[0].route), results[0].exact)
+        assert [(one["layer"], one["expert"]) for one in reply["missing_experts"]] == [
+            (one.layer, one.expert) for one in results[0].missing_experts
+        ]
         while (await http.get("/readyz")).status_code != 503:
             await asyncio.sleep(0.01)
         fragile.start_again("expert-3.0")

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from expertmesh.errors import (
@@ -21,9 +21,9 @@ from expertmesh.errors import (
 from expertmesh.serving import lane as module
 from expertmesh.serving.generation import Generation
 from expertmesh.serving.home import HomeLost
-from expertmesh.serving.lane import MAX_REBUILDS
 from expertmesh.serving.passes import Provenance
-from expertmesh.serving.scheduler import StepLimits
+from expertmesh.serving.rebuilds import MAX_REBUILDS
+from expertmesh.serving.scheduler import Scheduler, StepLimits
 from expertmesh.serving.steps import Work
 from expertmesh.v1.inference_pb2 import ROUTE_MESH
 from expertmesh.v1.sampling_pb2 import TokenLogprobs
@@ -94,6 +94,65 @@ async def test_a_home_that_dies_hands_its_sequences_to_another_with_the_very_tok
                 home.turns.release()
         assert await asyncio.gather(*tasks) == [followers(one) for one in wishes]
     assert lives.cached == {}
+
+
+async def test_a_home_that_leaves_hands_its_sequences_over_and_they_have_the_very_tokens() -> None:
+    leaves, stays = Keeper(), Keeper()
+    for home in (leaves, stays):
+        home.pause()
+    wishes = [wish(number, 12) for number in range(1, 9)]
+    async with scheduling(leaves, stays) as scheduler:
+        tasks = [asyncio.create_task(drawn(scheduler, one)) for one in wishes]
+        for home in (leaves, stays):
+            await begun(home)
+            await turns(home, 4)
+        assert len(leaves.cached) == 4
+        leaves.is_leaving, leaves.is_live = True, False
+        scheduler.wake()
+        steps = len(leaves.steps)
+        for home in (leaves, stays):
+            for _ in range(200):
+                home.turns.release()
+        assert await asyncio.gather(*tasks) == [followers(one) for one in wishes]
+        assert len(leaves.steps) == steps  # what was under way has ended, and nothing more was asked of it
+    assert leaves.cached == stays.cached == {}
+
+
+async def test_a_home_that_leaves_keeps_those_for_which_there_is_no_room_elsewhere() -> None:
+    leaves, stays = Keeper(), Keeper()
+    limits = StepLimits(sequences=2)
+    for home in (leaves, stays):
+        home.pause()
+    wishes = [wish(number, 12) for number in range(1, 5)]
+    async with scheduling(leaves, stays, limits=limits) as scheduler:
+        tasks = [asyncio.create_task(drawn(scheduler, one)) for one in wishes]
+        for home in (leaves, stays):
+            await begun(home)
+        leaves.is_leaving, leaves.is_live = True, False
+        scheduler.wake()
+        for _ in range(200):
+            leaves.turns.release()
+        async with asyncio.timeout(5):
+            while leaves.cached:  # they have ended there
+                await asyncio.sleep(0)
+        for _ in range(200):
+            stays.turns.release()
+        assert await asyncio.gather(*tasks) == [followers(one) for one in wishes]
+
+
+async def test_a_lane_whose_home_has_left_is_over() -> None:
+    homes = [Keeper(), Keeper()]
+    before = asyncio.all_tasks()
+    scheduler = Scheduler(lambda: tuple(homes), StepLimits(), lambda: Unavailable("no home is live", "gating"))
+    assert await drawn(scheduler, wish(3)) == followers(wish(3))
+    lanes = len(asyncio.all_tasks() - before)
+    homes.pop().is_live = False
+    scheduler.wake()
+    async with asyncio.timeout(5):
+        while len(asyncio.all_tasks() - before) == lanes:
+            await asyncio.sleep(0)
+    assert await drawn(scheduler, wish(4)) == followers(wish(4))
+    scheduler.close()
 
 
 async def test_a_home_that_forgets_everything_starts_its_sequences_anew() -> None:
@@ -197,17 +256,32 @@ async def test_one_that_was_forgotten_meanwhile_is_computed_anew_and_harms_nobod
     micro_batches=st.integers(0, 3),
     turns=st.lists(st.integers(0, 5), min_size=1, max_size=9),
 )
+@example(  # two steps share a loss
+    needs=[(1, 2), (1, 2), (1, 1), (1, 7), (1, 7), (12, 12), (1, 5), (1, 2), (1, 2), (1, 1)],
+    rows=10,
+    room=3,
+    losses=[20, 1],
+    micro_batches=3,
+    turns=[0, 5, 0, 1],
+)
 def test_whatever_is_lost_whenever_the_tokens_are_the_same(
     needs: list[tuple[int, int]], rows: int, room: int, losses: list[int], micro_batches: int, turns: list[int]
 ) -> None:
     class Forgetful(Keeper):
-        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+        def __init__(self, room: int) -> None:
+            super().__init__(room)
+            self.forgotten: set[tuple[bytes, int]] = set()  # with their epochs
+
+        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
             for _ in range(turns[len(self.steps) % len(turns)]):
                 await asyncio.sleep(0)
             if len(self.steps) in losses:
                 losses.remove(len(self.steps))
+                self.forgotten |= {(name, epoch) for name, (epoch, _) in self.cached.items()}
                 self.cached.clear()
                 raise HomeLost("forgot")
+            if any((piece.generation.id, piece.generation.epoch) in self.forgotten for piece in work):
+                raise HomeLost("not known any more")  # as it says to a step that shared the loss with another
             return await super().step(work)
 
     async def run() -> None:
@@ -248,10 +322,10 @@ async def test_whoever_waits_for_room_hears_that_the_home_is_gone() -> None:
 
 async def test_a_token_is_exact_only_if_all_that_it_depends_on_was_computed_alike() -> None:
     class Mixed(Keeper):
-        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
             drawn, _ = await super().step(work)
             profile = "cpu-fp32 A" if len(self.steps) != 2 else "cpu-fp32 B"
-            return drawn, Provenance(ROUTE_MESH, True, profile)
+            return drawn, [Provenance(ROUTE_MESH, True, profile)] * len(work)
 
     async with scheduling(Mixed()) as scheduler, aclosing(scheduler.generate(wish(3, 4))) as tokens:
         provenances = [token.provenance async for token in tokens]
@@ -262,9 +336,9 @@ async def test_a_token_is_exact_only_if_all_that_it_depends_on_was_computed_alik
 
 async def test_chunks_of_a_prompt_count_as_well() -> None:
     class Mixed(Keeper):
-        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
             drawn, _ = await super().step(work)
-            return drawn, Provenance(ROUTE_MESH, True, f"cpu-fp32 {min(len(self.steps), 2)}")
+            return drawn, [Provenance(ROUTE_MESH, True, f"cpu-fp32 {min(len(self.steps), 2)}")] * len(work)
 
     limits = StepLimits(rows=4)
     async with scheduling(Mixed(), limits=limits) as scheduler, aclosing(scheduler.generate(wish(6, 2))) as tokens:

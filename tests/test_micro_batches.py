@@ -127,7 +127,7 @@ async def test_a_home_that_is_lost_in_one_step_ends_the_other_and_all_are_comput
     ended: list[str] = []
 
     class Forgetful(Keeper):
-        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
             try:
                 return await super().step(work)
             except HomeLost:

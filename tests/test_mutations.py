@@ -188,20 +188,34 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
+@functools.cache
+def plain_logits(name: str) -> np.ndarray:
+    """What the plain model gives for one of `SPECS`."""
+    right = full_model(name)
+    return plain.logits(right.spec, plain.weights_of(right), the_ids().numpy())
+
+
+def the_ids() -> Tensor:
+    (ids_T,) = texts([LENGTH], seed=1)
+    return ids_T
+
+
 def distance(model: FullModel, name: str) -> float:
     """How far a model's logits are from what the plain model gives for one of `SPECS`."""
-    right = full_model(name)
-    (ids_T,) = texts([LENGTH], seed=1)
-    wanted = plain.logits(right.spec, plain.weights_of(right), ids_T.numpy())
-    return float(np.abs(whole_logits(model, ids_T).numpy() - wanted).max())
+    return float(np.abs(whole_logits(model, the_ids()).numpy() - plain_logits(name)).max())
+
+
+def with_tensors_of(state: State, model: FullModel) -> FullModel:
+    """A model with the tensors of another as far as it has such, and its own where the other has not."""
+    own = model.state_dict().keys()
+    model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+    return model
 
 
 def mutant(mutation: Mutation) -> FullModel:
     """The misread model: with the right one's tensors where it has such, with random ones where it has not."""
-    model = random_model(mutation.spec, seed=1)
     state = mutation.state(dict(full_model(mutation.name).state_dict()))
-    model.load_state_dict({name: value for name, value in state.items() if name in model.state_dict()}, strict=False)
-    return model
+    return with_tensors_of(state, random_model(mutation.spec, seed=1))
 
 
 @pytest.mark.parametrize("name", sorted({mutation.name for mutation in MUTATIONS}))
@@ -283,10 +297,7 @@ def test_a_model_of_transformers_is_well_within_the_tolerance(name: str) -> None
 @pytest.mark.parametrize(("name", "what", "changes"), THEIRS, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_misread_model_of_transformers_is_noticed(name: str, what: str, changes: dict[str, Any]) -> None:
     right, _, _ = transformers_model(name)
-    model = random_model(changed(right.spec, changes))
-    model.load_state_dict(
-        {key: value for key, value in right.state_dict().items() if key in model.state_dict()}, strict=False
-    )
+    model = with_tensors_of(dict(right.state_dict()), random_model(changed(right.spec, changes)))
     assert distance_to_transformers(model, name) > TOLERANCE
 
 

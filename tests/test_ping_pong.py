@@ -33,7 +33,7 @@ class Devices(Keeper):
         self._fixed_s, self._row_s = fixed_s, row_s
         self.busy_s = 0.0  # of all devices together
 
-    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
         took_s = self._fixed_s + self._row_s * sum(piece.rows for piece in work)
         for device in self._stages:
             async with device:

@@ -16,7 +16,7 @@ from expertmesh.rpc import replica as module
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.replica import Replica, ReplicaEvent, State, require_parts
+from expertmesh.rpc.replica import ReplicaEvent, State, require_parts
 from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.v1.description_pb2 import DescribeResponse, Part
 from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
@@ -319,14 +319,6 @@ async def test_nothing_is_left_behind() -> None:
             await ask(replicas)
             assert following(asyncio.all_tasks()) != set()
         assert following(asyncio.all_tasks()) == set()
-
-
-def test_a_name_with_several_processes_behind_it_may_be_tried_again() -> None:
-    def replica(address: str) -> Replica:
-        return Replica("expert", address, None, lambda channel: None, None, print, print)
-
-    assert replica("dns:///expert:50051").attempts == module.ATTEMPTS_BEHIND_ONE_NAME > 1
-    assert replica("127.0.0.1:50051").attempts == 1
 
 
 async def test_replicas_without_calls_under_way_take_turns() -> None:

@@ -116,7 +116,7 @@ def test_nobody_is_refused_whom_there_is_time_for() -> None:
 class Station(Keeper):
     """Takes its time for steps: a fixed part, and some for each row."""
 
-    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
         await asyncio.sleep(0.012 + 0.001 * sum(piece.rows for piece in work))
         return await super().step(work)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from expertmesh.local.state import is_held
 from tests.up import COMMAND, Up, exists, run, wait_until
 
 KINDS = {"tokenizer", "embedding", "gating", "expert", "classifier", "full_model", "gateway"}
@@ -80,7 +81,7 @@ def test_a_port_in_use_is_one_clear_error(model: Path, tmp_path: Path) -> None:
         (["--replicas", "expert-9=2"], "no service 'expert-9'"),
         (["--replicas", "expert=0"], "1 to 64 replicas"),
         (["--replicas", "expert"], "not NAME=VALUE"),
-        (["--replicas", "gateway=2"], "one gateway"),
+        (["--replicas", "gateway=65"], "1 to 64 replicas"),
         (["--expert-services", "9"], "cannot be spread over 9"),
         (["--grpc", "nowhere"], "is not HOST:PORT"),
         (["--device", "gateway=cpu"], "gateway computes nothing"),
@@ -140,6 +141,22 @@ def test_a_stopped_start_leaves_nothing(model: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     process.wait(timeout=20)
     wait_until(lambda: not exists(nursery), 3)
+
+
+def test_down_ends_a_mesh_that_is_still_starting(model: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "r"
+    with subprocess.Popen(
+        [*COMMAND, "up", str(model), "--run-dir", str(run_dir), "--grpc=127.0.0.1:0", "--http=127.0.0.1:0"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as starting:  # fmt: skip
+        wait_until(lambda: is_held(run_dir), 20)
+        starting_files = set(run_dir.iterdir())
+        ended = run("down", "--run-dir", run_dir)
+        assert ended.returncode == 0, ended.stderr
+        assert run_dir / "up.json" not in starting_files
+        assert ended.stdout == "stopped a mesh that was starting\n"
+        assert starting.wait(timeout=20) == 0
+    assert not is_held(run_dir)
 
 
 def test_the_folder_of_another_user_is_not_believed(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def classify(
     file: Annotated[Path | None, typer.Option(help="Read texts from a file, one raw text a line; - is stdin.")] = None,
     route: Annotated[str, typer.Option(help="mesh (the full model if the mesh cannot) or full-model.")] = "mesh",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
-    address: Annotated[str, typer.Option(help="gRPC address of a gateway; by default the mesh that `up` runs.")] = "",
+    address: placement.Address = "",
     model: Annotated[Path | None, typer.Option(help="Model to start when no mesh runs.")] = None,
 ) -> None:
     """Prints label, confidence and route of every text; exits with 1 if one could not be classified."""

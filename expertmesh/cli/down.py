@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 
 import typer
 
@@ -18,16 +19,16 @@ TIMEOUT_S = 30.0
 
 def down(run_dir: placement.RunDir) -> None:
     """Asks `up` to stop and waits until it and its processes have."""
-    found = state.find(run_dir)
-    if found is None:
-        if state.is_held(run_dir):
-            raise SetupError(f"the mesh in {run_dir} is still starting; stop its `expertmesh up` with Ctrl-C")
+    pid = state.holder(run_dir)
+    if pid is None:
         print(f"no mesh runs in {run_dir}", file=sys.stderr)
         raise typer.Exit(1)
-    os.kill(found.pid, signal.SIGTERM)
+    found = state.find(run_dir)
+    with suppress(ProcessLookupError):  # it ended by itself just now
+        os.kill(pid, signal.SIGTERM)
     give_up_s = time.monotonic() + TIMEOUT_S
     while state.is_held(run_dir):
         if time.monotonic() > give_up_s:
-            raise SetupError(f"`expertmesh up` (pid {found.pid}) did not stop within {TIMEOUT_S:.0f} s")
+            raise SetupError(f"`expertmesh up` (pid {pid}) did not stop within {TIMEOUT_S:.0f} s")
         time.sleep(0.05)
-    print(f"stopped {len(found.processes)} processes")
+    print(f"stopped {len(found.processes)} processes" if found else "stopped a mesh that was starting")

@@ -33,7 +33,7 @@ def eval(
         str, typer.Option(help="mesh or full-model; a language model is measured in this process.")
     ] = "mesh",
     held_out: Annotated[bool, typer.Option("--held-out", help="Only what training on this file holds out.")] = False,
-    address: Annotated[str, typer.Option(help="gRPC address of a gateway; by default the mesh that `up` runs.")] = "",
+    address: placement.Address = "",
     window: Annotated[
         int, typer.Option(help="Of a language model: most tokens in view; 0: its context, at most 1024.", min=0)
     ] = 0,

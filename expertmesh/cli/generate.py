@@ -39,6 +39,7 @@ class _Choice:
     route: inference_pb2.Route = inference_pb2.ROUTE_UNSPECIFIED
     exact: bool = True
     profile: str = ""
+    missing: set[tuple[int, int]] = field(default_factory=set)
     seed: int = 0
 
     def add(self, message: GenerateResponse) -> None:
@@ -50,6 +51,7 @@ class _Choice:
         self.route = max(self.route, message.route)  # in the order mesh, full model, degraded
         self.exact &= message.exact
         self.profile = message.profile
+        self.missing.update((one.layer, one.expert) for one in message.missing_experts)
         self.seed = message.seed
 
     @property
@@ -77,7 +79,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer, at the end.")] = False,
     route: Annotated[str, typer.Option(help="mesh (the full model if the mesh cannot) or full-model.")] = "mesh",
     contract: Annotated[str, typer.Option(help="exact, mesh-only or degraded-ok.")] = "exact",
-    address: Annotated[str, typer.Option(help="gRPC address of a gateway; by default the mesh that `up` runs.")] = "",
+    address: placement.Address = "",
     model: Annotated[Path | None, typer.Option(help="Model to start when no mesh runs.")] = None,
 ) -> None:
     """Prints what the model writes after the prompt, while it writes it, and one line about it on stderr."""
@@ -182,6 +184,9 @@ def _sum_up(choices: list[_Choice], seconds: float) -> None:
     route = route_name(max(choice.route for choice in choices))
     exact = "exact" if all(choice.exact for choice in choices) else "not exact"
     finish = ", ".join(choice.finish for choice in choices)
+    missing = sorted(set().union(*(choice.missing for choice in choices)))
+    if missing:
+        exact += ", without " + ", ".join(f"expert {expert} of layer {layer}" for layer, expert in missing)
     print(
         f"{tokens} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s), {route}, {exact}, "
         f"seed {choices[0].seed}, finish: {finish}",
@@ -198,6 +203,7 @@ def _object(number: int, choice: _Choice) -> dict[str, object]:
         "route": route_name(choice.route),
         "exact": choice.exact,
         "profile": choice.profile,
+        "missing_experts": [{"layer": layer, "expert": expert} for layer, expert in sorted(choice.missing)],
         "seed": choice.seed,
     }
 

@@ -16,6 +16,8 @@ from expertmesh.errors import MeshError
 VERBS = {
     "up": "Start every service of a model as a local process, until Ctrl-C.",
     "down": "Stop the mesh that `up` started.",
+    "scale": "Give services of the running mesh more or fewer replicas.",
+    "restart": "Restart services of the running mesh, while it serves.",
     "status": "Show the services of the running mesh, their health and load.",
     "classify": "Classify texts.",
     "generate": "Continue a prompt.",

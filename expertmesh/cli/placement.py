@@ -17,6 +17,10 @@ Model = Annotated[Path, typer.Argument(help="Folder of the split model.")]
 RunDir = Annotated[
     Path, typer.Option("--run-dir", help="Folder for sockets, logs and state.", default_factory=default_folder)
 ]
+Address = Annotated[
+    str,
+    typer.Option("--address", help="gRPC address of a gateway, or several with commas; by default what `up` runs."),
+]
 ExpertServices = Annotated[
     int,
     typer.Option(
@@ -48,12 +52,22 @@ def read_options(
     Raises:
         SetupError: One is malformed.
     """
-    counts = {}
-    for name, value in _pairs(replicas, "--replicas").items():
-        if not value.isdecimal():
-            raise SetupError(f"--replicas {name}={value}: {value!r} is no number")
-        counts[name] = int(value)
+    counts = read_counts(replicas, "--replicas")
     return Options(grpc, http, expert_services, counts, _pairs(devices, "--device"), inspect, faults, full_model)
+
+
+def read_counts(values: list[str] | None, option: str) -> dict[str, int]:
+    """Numbers of replicas by service or kind, as `NAME=N` says them.
+
+    Raises:
+        SetupError: One is malformed.
+    """
+    counts = {}
+    for name, value in _pairs(values, option).items():
+        if not (value.isascii() and value.isdecimal()):
+            raise SetupError(f"{option} {name}={value}: {value!r} is no number")
+        counts[name] = int(value)
+    return counts
 
 
 def _pairs(values: list[str] | None, option: str) -> dict[str, str]:

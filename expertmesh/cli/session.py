@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.client import Client
 from expertmesh.errors import MeshError, SetupError
-from expertmesh.local import state
+from expertmesh.local import control, state
 from expertmesh.local.plan import Options, Plan, plan_mesh
-from expertmesh.local.supervisor import Supervisor, running
+from expertmesh.local.supervisor import HANG_S, Supervisor, running
 
 ResultT = TypeVar("ResultT")
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -132,7 +132,7 @@ def _running(model: Path | None, run_dir: Path) -> state.RunningMesh | None:
 
 
 @asynccontextmanager
-async def started(plan: Plan, folder: Path, restart: bool) -> AsyncIterator[Supervisor]:
+async def started(plan: Plan, folder: Path, restart: bool, hang_s: float = HANG_S) -> AsyncIterator[Supervisor]:
     """Runs a plan and shows its processes coming up, on stderr."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
@@ -149,9 +149,28 @@ async def started(plan: Plan, folder: Path, restart: bool) -> AsyncIterator[Supe
 
     progress.start()
     try:
-        async with running(plan, folder, restart, show) as supervisor:
+        async with running(plan, folder, restart, show, hang_s) as supervisor:
             progress.update(up, description="ready", completed=len(plan.processes))
             progress.stop()
             yield supervisor
     finally:
         progress.stop()
+
+
+def told_by_mesh(run_dir: Path, request: dict[str, Any]) -> None:
+    """Has the running mesh do something, and shows what it says of it.
+
+    Raises:
+        SetupError: No mesh runs there, or it could not do it.
+    """
+
+    async def follow() -> None:
+        console = Console(highlight=False)
+        with console.status("asked the mesh") if console.is_terminal else nullcontext() as shown:
+            async with aclosing(control.ask(run_dir, request)) as replies:
+                async for text in replies:
+                    console.print(text, markup=False)
+                    if shown is not None:
+                        shown.update(text)
+
+    run(follow())

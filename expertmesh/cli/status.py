@@ -118,4 +118,5 @@ def _show(found: RunningMesh, seen: list[Seen]) -> None:
     console.print(table)
     replicas = Counter(process.service for process in seen)
     console.print(f"model {Manifest.read(Path(found.model)).name} · {len(replicas)} services, {len(seen)} processes")
-    console.print(f"gRPC {found.grpc} · HTTP http://{found.http}")
+    grpc, http = found.grpc.replace(",", ", "), found.http.replace(",", ", http://")
+    console.print(f"gRPC {grpc} · HTTP http://{http}")

@@ -19,6 +19,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from expertmesh.errors import SetupError
@@ -89,7 +90,7 @@ def _become(command: dict[str, Any], nursery: int) -> NoReturn:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        log = _open_log(command["log"])
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
@@ -100,16 +101,27 @@ def _become(command: dict[str, Any], nursery: int) -> NoReturn:
         module = importlib.import_module(f"{command['module']}.__main__")
         status = module.main(command["arguments"])
     except SetupError as error:
-        print(f"error: {error}", file=sys.stderr)
         status = EXIT_SETUP_ERROR
+        with suppress(OSError):
+            print(f"error: {error}", file=sys.stderr)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            traceback.print_exc()
+    finally:  # whatever becomes of its last words, a child must not go on as a second nursery
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
+
+
+def _open_log(path: str) -> int:
+    """Opens a log; where none can be made, a service runs without."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)
 
 
 def die_with_parent(parent: int) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.errors import SetupError
+from expertmesh.local.ports import Ports
 from expertmesh.mesh_file import KINDS, MeshFile, Service
-from expertmesh.rpc.settings import parse_address, parse_host_port
+from expertmesh.rpc.settings import parse_address
 
 MESH_FILE = "mesh.toml"
 START_TIMEOUT_S = 120.0
 EXPERT_SERVICES = 8  # so many are sensible on any machine
+MOST_REPLICAS = 64
+GATEWAY_DRAIN_S = 0.3  # in which clients see that a gateway is stopping, and go to another
 WITHOUT_TORCH = ("tokenizer", "gateway")
 
 
@@ -24,7 +26,7 @@ class Options:
     """What a caller may say about a local mesh.
 
     Attributes:
-        grpc: Address of the gateway's gRPC side; port 0 takes a free one.
+        grpc: Address of the first gateway's gRPC side; port 0 takes a free one. Others take the next free ports.
         http: Address of its HTTP side, likewise.
         expert_services: Over how many services the experts are spread; 0 gives each expert its own, where the machine
             has so many cores, or there are no more than `EXPERT_SERVICES`.
@@ -57,6 +59,7 @@ class Process:
         kind: What kind that is; `services.KIND` is its program.
         address: Where it will listen.
         arguments: Of its program.
+        http: Of a gateway: the address of its HTTP side.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Process:
     kind: str
     address: str
     arguments: list[str]
+    http: str = ""
 
     @property
     def module(self) -> str:
@@ -78,12 +82,53 @@ class Process:
 
 @dataclass(frozen=True)
 class Plan:
-    """A local mesh before it runs."""
+    """A local mesh before it runs, and how further replicas of its services are laid out.
 
-    mesh_file: MeshFile
+    Attributes:
+        model: Folder of the split model.
+        folder: Where sockets, logs and the mesh file go.
+        options: What the caller said.
+        services: In the order of a request, each as the mesh file has it at first.
+        processes: One for each replica, in the same order.
+    """
+
+    model: Path
+    folder: Path
+    options: Options
+    services: tuple[Service, ...]
     processes: list[Process]
-    grpc: str
-    http: str
+
+    @property
+    def mesh_file(self) -> MeshFile:
+        """What the gateway reads at first."""
+        return MeshFile(str(self.model), self.services)
+
+    @property
+    def grpc(self) -> str:
+        """Address of the gateway's gRPC side; of several, with commas, as clients take them."""
+        return ",".join(process.address for process in self.processes if process.kind == "gateway")
+
+    @property
+    def http(self) -> str:
+        """Address of the gateway's HTTP side, likewise."""
+        return ",".join(process.http for process in self.processes if process.kind == "gateway")
+
+    def further(self, service: Service, number: int) -> Process:
+        """A further replica of a service, at an address of its own.
+
+        Args:
+            service: As the mesh file has it now.
+            number: Of the replica; none has had it before.
+
+        Raises:
+            SetupError: There is no such address.
+        """
+        if service.kind != "gateway":
+            address = _socket(self.folder, service.name, number)
+            return _process(service, number, address, "", self.model, self.folder, self.options)
+        ports = Ports((*service.replicas, *service.http.split(",")))
+        grpc, http = ports.further(self.options.grpc, "--grpc"), ports.further(self.options.http, "--http")
+        return _process(service, number, grpc, http, self.model, self.folder, self.options)
 
 
 def plan_mesh(model: Path, manifest: Manifest, folder: Path, options: Options) -> Plan:
@@ -99,20 +144,43 @@ def plan_mesh(model: Path, manifest: Manifest, folder: Path, options: Options) -
         SetupError: An option is bad, names a service that there is not, or a port is in use.
     """
     model = model.resolve()
-    grpc_address, http_address = free_address(options.grpc, "--grpc"), free_address(options.http, "--http")
-    services = [_service(folder, name, kind, experts, options) for name, kind, experts in _layout(manifest, options)]
-    services.append(Service("gateway", "gateway", (grpc_address,), http=http_address))
-    _check_names(services, options)
-    for service in services:
-        for address in service.replicas:
-            parse_address(address, f"--run-dir {folder} is too long for {service.name}")
-    mesh_file = MeshFile(str(model), tuple(services))
-    processes = [
-        _process(service, replica, address, mesh_file, folder, options)
-        for service in services
-        for replica, address in enumerate(service.replicas)
-    ]
-    return Plan(mesh_file, processes, grpc_address, http_address)
+    layout = [*_layout(manifest, options), ("gateway", "gateway", ())]
+    _check_names([name for name, _, _ in layout], options)
+    services: list[Service] = []
+    processes: list[Process] = []
+    for name, kind, experts in layout:
+        count = options.replicas.get(name, options.replicas.get(kind, 1))
+        check_count(name, count)
+        if kind == "gateway":
+            addresses, https = _gateways(count, options)
+        else:
+            addresses, https = [_socket(folder, name, number) for number in range(count)], [""] * count
+        service = Service(name, kind, tuple(addresses), experts, http=",".join(https).strip(","))
+        services.append(service)
+        for number, (address, http) in enumerate(zip(addresses, https, strict=True)):
+            processes.append(_process(service, number, address, http, model, folder, options))
+    return Plan(model, folder, options, tuple(services), processes)
+
+
+def check_count(name: str, count: int) -> None:
+    """Raises SetupError unless a service can have so many replicas."""
+    if not 1 <= count <= MOST_REPLICAS:
+        raise SetupError(f"{name} can have 1 to {MOST_REPLICAS} replicas, not {count}")
+
+
+def _gateways(count: int, options: Options) -> tuple[list[str], list[str]]:
+    """Addresses of the gRPC sides and of the HTTP sides of some gateways."""
+    ports = Ports()
+    first = ports.first(options.grpc, "--grpc"), ports.first(options.http, "--http")
+    others = [(ports.further(options.grpc, "--grpc"), ports.further(options.http, "--http")) for _ in range(1, count)]
+    grpcs, https = zip(first, *others, strict=True)
+    return list(grpcs), list(https)
+
+
+def _socket(folder: Path, service: str, number: int) -> str:
+    address = f"unix:{folder / service}.{number}.sock"
+    parse_address(address, f"--run-dir {folder} is too long for {service}")
+    return address
 
 
 def _layout(manifest: Manifest, options: Options) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -132,24 +200,19 @@ def _layout(manifest: Manifest, options: Options) -> list[tuple[str, str, tuple[
     return layout
 
 
-def _service(folder: Path, name: str, kind: str, experts: tuple[str, ...], options: Options) -> Service:
-    count = options.replicas.get(name, options.replicas.get(kind, 1))
-    if not 1 <= count <= 64:
-        raise SetupError(f"{name} can have 1 to 64 replicas, not {count}")
-    return Service(name, kind, tuple(f"unix:{folder / name}.{replica}.sock" for replica in range(count)), experts)
-
-
 def _process(
-    service: Service, replica: int, address: str, mesh_file: MeshFile, folder: Path, options: Options
+    service: Service, number: int, address: str, http: str, model: Path, folder: Path, options: Options
 ) -> Process:
-    name = f"{service.name}.{replica}"
+    name = f"{service.name}.{number}"
     arguments = [f"--name={name}", f"--listen={address}"]
     device = options.devices.get(service.name, options.devices.get(service.kind, "cpu"))
     if service.kind == "gateway":
-        arguments += [f"--mesh={folder / MESH_FILE}", f"--http={service.http}", f"--settle-s={START_TIMEOUT_S}"]
+        arguments += [f"--mesh={folder / MESH_FILE}", f"--http={http}", f"--settle-s={START_TIMEOUT_S}"]
+        if "EXPERTMESH_DRAIN_S" not in os.environ:
+            arguments.append(f"--drain-s={GATEWAY_DRAIN_S}")
         arguments += _one_at_a_time(options)
     else:
-        arguments += [f"--model={mesh_file.model}", "--metrics=127.0.0.1:0", f"--device={device}"]
+        arguments += [f"--model={model}", "--metrics=127.0.0.1:0", f"--device={device}"]
     if simulated := options.simulate.get(service.name, options.simulate.get(service.kind)):
         step_ms, _, row_us = simulated.partition("+")
         arguments += [f"--simulate-step-ms={step_ms}", f"--simulate-row-us={row_us or 0}"]
@@ -159,7 +222,7 @@ def _process(
         arguments.append(f"--threads={os.cpu_count() or 1}")
     if service.kind in ("gateway", "full_model", "classifier"):
         arguments.append(f"--inspect={options.inspect}")
-    return Process(name, service.name, service.kind, address, arguments)
+    return Process(name, service.name, service.kind, address, arguments, http)
 
 
 def _one_at_a_time(options: Options) -> list[str]:
@@ -170,31 +233,11 @@ def _one_at_a_time(options: Options) -> list[str]:
     return [flag for variable, flag in flags.items() if variable not in os.environ]
 
 
-def _check_names(services: list[Service], options: Options) -> None:
-    known = {service.name for service in services} | set(KINDS)
+def _check_names(services: list[str], options: Options) -> None:
+    known = {*services, *KINDS}
     for name in (*options.replicas, *options.devices, *options.simulate):
         if name not in known:
-            raise SetupError(f"this mesh has no service {name!r}; it has: {', '.join(s.name for s in services)}")
+            raise SetupError(f"this mesh has no service {name!r}; it has: {', '.join(services)}")
     for name in options.devices:
         if name in WITHOUT_TORCH:
             raise SetupError(f"{name} computes nothing on a device")
-    if any(name == "gateway" for name in options.replicas):
-        raise SetupError("a local mesh has one gateway")
-
-
-def free_address(address: str, option: str) -> str:
-    """Gives an address with a port that is free, the one that is asked for or any for port 0.
-
-    Raises:
-        SetupError: It is in use.
-    """
-    host, port = parse_host_port(address, option)
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise SetupError(
-                f"{option} {address}: {error.strerror}; choose another, or port 0 for any free one"
-            ) from None
-        return f"{address.rpartition(':')[0]}:{probe.getsockname()[1]}"

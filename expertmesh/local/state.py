@@ -9,7 +9,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,11 @@ def hold(folder: Path) -> Iterator[None]:
             )
         (folder / STATE_FILE).unlink(missing_ok=True)
         try:
+            os.truncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
+        except OSError as error:
+            raise SetupError(f"{folder} cannot be written to: {error.strerror}") from None
+        try:
             yield
         finally:
             (folder / STATE_FILE).unlink(missing_ok=True)
@@ -103,6 +108,18 @@ def is_held(folder: Path) -> bool:
     finally:
         os.close(handle)
     return False
+
+
+def holder(folder: Path) -> int | None:
+    """The pid of the mesh of ours that runs in a folder, be it ready or not; None if none does."""
+    give_up_s = time.monotonic() + LOCK_PATIENCE_S
+    while is_held(folder):
+        with suppress(OSError, ValueError):  # it is written a moment after the lock was taken
+            return int((folder / LOCK_FILE).read_text())
+        if time.monotonic() > give_up_s:
+            break
+        time.sleep(0.01)
+    return None
 
 
 def find(folder: Path) -> RunningMesh | None:

@@ -6,10 +6,12 @@ the log knows too.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -51,11 +53,37 @@ class Guard:
 
     Attributes:
         origin: Metadata of every reply, which says what process gave it.
+        refuses: Whether calls that come by themselves are refused, since the program stops.
     """
 
     def __init__(self) -> None:
         self.origin: tuple[tuple[str, str], ...] = ()
         self._counted: dict[tuple[str, grpc.StatusCode], tuple[Histogram, Counter]] = {}
+        self._own_under_way = 0
+        self._one_ended = asyncio.Event()
+        self.refuses = False
+
+    def refuse(self) -> None:
+        """Has calls refused that come by themselves; a link sees to its own."""
+        self.refuses = True
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Counts a call that came by itself as under way."""
+        self._own_under_way += 1
+        try:
+            yield
+        finally:
+            self._own_under_way -= 1
+            self._one_ended.set()
+
+    async def ended(self, timeout_s: float) -> None:
+        """Waits until no call that came by itself is under way, or the time is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._own_under_way:
+                    self._one_ended.clear()
+                    await self._one_ended.wait()
 
     async def run(self, method: str, work: Awaitable[ResultT]) -> ResultT | Failure:
         """Awaits work; gives its result, or how it failed."""

@@ -12,12 +12,14 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from expertmesh.errors import InvalidInput
+from expertmesh.errors import InvalidInput, Unavailable
 from expertmesh.rpc import request_id
 from expertmesh.rpc.errors import DETAILS_KEY
 from expertmesh.rpc.guard import Failure, Guard, failure_of
 
 OURS = "/expertmesh."
+GRPCS = "/grpc."  # health and reflection, which answer to the end
+STOPPING = Unavailable("it is stopping; others may not be", "")
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -50,7 +52,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def guarded(data: bytes, context: grpc.aio.ServicerContext) -> Any:
             request_id.enter(context.invocation_metadata() or ())
-            outcome = await self._guard.run(method, work(data, context))
+            if self._guard.refuses and not method.startswith(GRPCS):
+                await _abort(context, failure_of(method, STOPPING))
+            with self._guard.under_way():
+                outcome = await self._guard.run(method, work(data, context))
             if isinstance(outcome, Failure):
                 await _abort(context, outcome)
             if self._guard.origin:
@@ -64,26 +69,29 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             started_s = time.monotonic()
             code: grpc.StatusCode | None = grpc.StatusCode.OK
             request_id.enter(context.invocation_metadata() or ())
-            try:
-                if self._guard.origin:
-                    await context.send_initial_metadata(self._guard.origin)  # it is needed before the end
-                request = parsed(data, handler.request_deserializer)
-                async with aclosing(handler.unary_stream(request, context)) as replies:
-                    async for reply in replies:
-                        yield reply
-            except (asyncio.CancelledError, GeneratorExit):
-                code = grpc.StatusCode.CANCELLED
-                raise
-            except grpc.aio.AbortError:
-                code = context.code() or grpc.StatusCode.UNKNOWN
-                raise
-            except Exception as error:
-                failure, code = failure_of(method, error), None
-                self._guard.count(method, failure.code, started_s)  # before the caller can know of it
-                await _abort(context, failure)
-            finally:
-                if code is not None:
-                    self._guard.count(method, code, started_s)
+            if self._guard.refuses:
+                await _abort(context, failure_of(method, STOPPING))
+            with self._guard.under_way():
+                try:
+                    if self._guard.origin:
+                        await context.send_initial_metadata(self._guard.origin)  # it is needed before the end
+                    request = parsed(data, handler.request_deserializer)
+                    async with aclosing(handler.unary_stream(request, context)) as replies:
+                        async for reply in replies:
+                            yield reply
+                except (asyncio.CancelledError, GeneratorExit):
+                    code = grpc.StatusCode.CANCELLED
+                    raise
+                except grpc.aio.AbortError:
+                    code = context.code() or grpc.StatusCode.UNKNOWN
+                    raise
+                except Exception as error:
+                    failure, code = failure_of(method, error), None
+                    self._guard.count(method, failure.code, started_s)  # before the caller can know of it
+                    await _abort(context, failure)
+                finally:
+                    if code is not None:
+                        self._guard.count(method, code, started_s)
 
         return grpc.unary_stream_rpc_method_handler(guarded, None, handler.response_serializer)
 

@@ -38,7 +38,6 @@ ATTEMPT_TIMEOUT_S = 10.0  # a replica that takes longer is given up, whatever ti
 RETRY_FIRST_S = 0.1
 RETRY_MOST_S = 0.5
 RETRY_REFUSED_S = 5.0
-ATTEMPTS_BEHIND_ONE_NAME = 3
 
 
 class State(Enum):
@@ -46,6 +45,7 @@ class State(Enum):
 
     CONNECTING = "connecting"
     LIVE = "live"
+    DRAINING = "draining"  # about to stop, or not listed any more: it answers, and others are asked before it
     REFUSED = "refused"
 
 
@@ -56,7 +56,7 @@ class ReplicaEvent:
     Attributes:
         service: Name of the service.
         address: The replica.
-        what: "live", "lost", "refused", "retried" or "corrupt".
+        what: "live", "draining", "left", "lost", "refused", "retried" or "corrupt".
         reason: Why, in words; may be empty.
     """
 
@@ -67,7 +67,7 @@ class ReplicaEvent:
 
 
 class Replica:
-    """One address of a service; behind a DNS name there may be several processes.
+    """One process of a service.
 
     Args:
         service: Name of the service.
@@ -77,6 +77,9 @@ class Replica:
         link: What takes the place of the channel for the unary calls of a process that offers it.
         admit: Is shown what it says it holds; raises MeshError to refuse it.
         notify: Is told every event.
+
+    Attributes:
+        sequences: How many sequences have their caches there, as far as this program knows.
     """
 
     def __init__(
@@ -95,23 +98,40 @@ class Replica:
         self.state = State.CONNECTING
         self.description = DescribeResponse()
         self.calls_under_way = 0
+        self.sequences = 0
         self.last_turn = 0
         self._stub, self._link_stub = stub(channel), stub(link)
         self._link = link
         self._admit = admit
         self._notify = notify
         self._left = asyncio.Event()
-        self._is_name = address.startswith("dns:")  # a stream would keep to one of the processes behind it
+        self._is_listed = True
+        self._told = ""  # why it could not be met, as last told
+        link.on_drain = self._follow_draining
 
     @property
     def links(self) -> bool:
         """Whether unary calls go over a link."""
-        return self.description.links and not self._is_name
+        return self.description.links
 
     @property
-    def attempts(self) -> int:
-        """How often one request may try this address."""
-        return ATTEMPTS_BEHIND_ONE_NAME if self._is_name else 1
+    def answers(self) -> bool:
+        """Whether it was met and is not lost: it is live, or draining."""
+        return self.state in (State.LIVE, State.DRAINING)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether calls are under way there, or sequences have their caches there."""
+        return self.answers and bool(self.calls_under_way or self.sequences)
+
+    def list(self, is_listed: bool) -> None:
+        """Says whether it still belongs to the service; one that does not is treated as one that drains."""
+        self._is_listed = is_listed
+        if not is_listed:
+            self._follow_draining()
+        elif self.state is State.DRAINING and not self._link.is_draining:
+            self.state = State.LIVE
+            self.tell("live")
 
     async def attempt(
         self, method: str, request: Any, timeout_s: float, read: Callable[[Any, Origin], ReplyT]
@@ -207,10 +227,10 @@ class Replica:
                 await self._introduce()
             except Exception as error:  # nothing unforeseen may end the following of a replica
                 self._leave(State.CONNECTING, "lost", f"unforeseen: {error!r}")
-            if self.state is State.LIVE:
+            if self.answers:
                 wait_s = RETRY_FIRST_S
                 await self._until_left()
-            if self.state is not State.LIVE:
+            if not self.answers:
                 await asyncio.sleep(RETRY_REFUSED_S if self.state is State.REFUSED else wait_s)
                 wait_s = min(2 * wait_s, RETRY_MOST_S)
 
@@ -226,9 +246,13 @@ class Replica:
         try:
             _require_message(description)
             self._admit(description)
-            if description.links and not self._is_name:
+            self._link.is_draining = description.draining
+            if description.links:
                 await self._link.open(DESCRIBE_TIMEOUT_S)
-        except Unavailable:
+        except Unavailable as error:
+            if self._told != str(error):
+                self._told = str(error)
+                self.tell("refused", self._told)
             return
         except MeshError as error:
             if self.state is not State.REFUSED:
@@ -236,8 +260,15 @@ class Replica:
             return
         self.description = description
         self._left.clear()
-        self.state = State.LIVE
-        self.tell("live")
+        self._told = ""
+        is_live = self._is_listed and not self._link.is_draining
+        self.state = State.LIVE if is_live else State.DRAINING
+        self.tell(self.state.value)
+
+    def _follow_draining(self) -> None:
+        if self.state is State.LIVE:
+            self.state = State.DRAINING
+            self.tell("draining")
 
     async def _until_left(self) -> None:
         """Waits until it is taken out of the traffic or its connection is gone."""
@@ -253,7 +284,7 @@ class Replica:
             for wait in waits:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
-        if self.state is State.LIVE:
+        if self.answers:
             self.lose("its connection ended")
 
     def _leave(self, state: State, what: str, reason: str) -> None:

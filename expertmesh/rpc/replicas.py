@@ -6,7 +6,6 @@ replica is gone, or that is answered with something that cannot be right, is rep
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
@@ -27,8 +26,10 @@ from expertmesh.errors import (
 )
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.link.channel import LinkChannel
+from expertmesh.rpc.members import Members
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replica import Replica, ReplicaEvent, State
+from expertmesh.rpc.resolver import Names
 from expertmesh.v1.description_pb2 import DescribeResponse
 
 ReplyT = TypeVar("ReplyT")
@@ -47,6 +48,7 @@ class ReplicaSet:
         refusals_are_faults: Whether a call that is refused is the replica's fault, as it is where requests are made
             by the mesh itself; otherwise it is the caller's.
         open_link: Makes what unary calls go over, of address, channel and name.
+        names: Makes what looks DNS names up.
     """
 
     def __init__(
@@ -59,35 +61,57 @@ class ReplicaSet:
         notify: Callable[[ReplicaEvent], None],
         refusals_are_faults: bool = False,
         open_link: Callable[[str, grpc.aio.Channel, str], LinkChannel] = LinkChannel,
+        names: Callable[[Callable[[list[str]], None]], Names] = Names,
     ) -> None:
         self.name = name
         self._refusals_are_faults = refusals_are_faults
         self._turns = count(1)
-        self.replicas = [
-            Replica(name, address, channel, stub, open_link(address, channel, name), admit, notify)
-            for address, channel in ((address, open_channel(address)) for address in addresses)
-        ]
-        self._tasks: list[asyncio.Task[None]] = []
+
+        def make(address: str) -> Replica:
+            channel = open_channel(address)
+            return Replica(name, address, channel, stub, open_link(address, channel, name), admit, self._follow_event)
+
+        self._notify = notify
+        self._members = Members(make, addresses, names)
 
     async def __aenter__(self) -> Self:
         """Starts to follow every replica."""
-        self._tasks = [asyncio.create_task(replica.follow()) for replica in self.replicas]
+        await self._members.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Ends that and closes the channels."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for replica in self.replicas:
-            await replica.close()
+        await self._members.__aexit__(kind, error, traceback)
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """Those that belong to it, and those that leave and are not gone yet."""
+        return self._members.replicas
 
     @property
     def live(self) -> list[Replica]:
-        """The replicas that may get traffic."""
-        return [replica for replica in self.replicas if replica.state is State.LIVE]
+        """The replicas that may get traffic: those that drain only where there are no others."""
+        return self._members.live
+
+    @property
+    def has_live(self) -> bool:
+        """Whether a replica is live that does not drain."""
+        return any(one.state is State.LIVE for one in self.replicas)
+
+    @property
+    def are_met(self) -> bool:
+        """Whether every address has a live replica, which of a name's may be any."""
+        return self._members.are_met
+
+    def set_addresses(self, addresses: Sequence[str]) -> None:
+        """Lets replicas join and leave; what is under way at one that leaves ends in peace."""
+        self._members.set_addresses(addresses)
+
+    async def leave(self) -> None:
+        """Lets every replica leave, and waits until they are gone."""
+        await self._members.leave()
 
     def unavailable(self) -> Unavailable:
         """The error that says that nobody is left."""
@@ -181,10 +205,9 @@ class ReplicaSet:
             answer = await replica.attempt(method, request, deadline.next_hop_s(), read)
         except (NotFinite, NonFiniteInput) as error:
             suspects.append(replica)
-            raise NotFinite(f"{self.name}: {error}") from None
+            raise NotFinite(f"{self.name}: {error}", self.name, suspects) from None
         except Unavailable as error:
-            if tried[replica.address] >= replica.attempts:
-                replica.lose(str(error))
+            replica.lose(str(error))
             raise
         except CorruptReply as error:
             raise self._wrong(replica, error) from None
@@ -196,16 +219,21 @@ class ReplicaSet:
             suspect.refuse("it computed rows that are not finite where another replica's are")
         return answer
 
+    def _follow_event(self, happened: ReplicaEvent) -> None:
+        if happened.what == "lost":
+            self._members.look_up()  # whoever took its place may have another address
+        self._notify(happened)
+
     def _wrong(self, replica: Replica, error: Exception) -> CorruptReply:
         replica.refuse(str(error))
-        return CorruptReply(f"{self.name} gave a reply that cannot be right: {error}")
+        return CorruptReply(f"{self.name} gave a reply that cannot be right: {error}", self.name)
 
     def _pick(self, tried: Counter[str], at: Replica | None = None) -> Replica | None:
-        left = [
-            one
-            for one in self.replicas
-            if one.state is State.LIVE and tried[one.address] < one.attempts and (at is None or one is at)
+        if at is not None:
+            return at if at.answers and not tried[at.address] else None
+        left = [one for one in self.replicas if one.state is State.LIVE and not tried[one.address]] or [
+            one for one in self.replicas if one.state is State.DRAINING and not tried[one.address]
         ]
         if len(left) == 1:
             return left[0]
-        return min(left, key=lambda one: (tried[one.address], one.calls_under_way, one.last_turn), default=None)
+        return min(left, key=lambda one: (one.calls_under_way, one.last_turn), default=None)

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,8 @@ from expertmesh.v1 import description_pb2, description_pb2_grpc
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 EXIT_SETUP_ERROR = 2
+REPLIES_S = 0.2  # replies that have been given get so long to be sent
+LAST_CALLS_S = 1.0  # calls that came while callers had not let go get so long
 WITHOUT_LINKS = ("gateway",)  # its callers are not of the mesh
 
 
@@ -62,6 +64,7 @@ class Program:
         lifespan: What runs while it serves; it is entered before the first call and left after the last.
         is_ready: Whether health says SERVING; asked twice a second.
         drain: Is told that the program is stopping, before new calls are refused.
+        is_idle: Whether nothing is kept for callers that come again, such as sequences in a cache.
     """
 
     servicers: list[Servicer]
@@ -69,6 +72,7 @@ class Program:
     lifespan: AbstractAsyncContextManager[Any] | None = None
     is_ready: Callable[[], bool] = field(default=lambda: True)
     drain: Callable[[], None] = field(default=lambda: None)
+    is_idle: Callable[[], bool] = field(default=lambda: True)
 
 
 class DescriptionServicer(description_pb2_grpc.DescriptionServiceServicer):
@@ -118,7 +122,7 @@ async def _serve(settings: SettingsT, kind: str, load: Callable[[SettingsT, trac
         )
         address = _bind(server, settings.listen)
         if address.startswith("unix:"):
-            stack.callback(Path(address.removeprefix("unix:")).unlink, missing_ok=True)
+            stack.callback(_unlinker(Path(address.removeprefix("unix:"))))
         metrics_address = ""
         if settings.metrics:
             metrics_server = stack.enter_context(_metrics_server(settings.metrics))
@@ -139,7 +143,7 @@ async def _serve(settings: SettingsT, kind: str, load: Callable[[SettingsT, trac
             await stopping.wait()
         finally:
             program.drain()
-            await _stop(server, health, link, settings)
+            await _stop(server, health, guard, link, program, settings)
     log.event("stopped")
 
 
@@ -155,6 +159,18 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
         os.chmod(listen.removeprefix("unix:"), 0o600)
         return listen
     return f"{listen.rpartition(':')[0]}:{port}"
+
+
+def _unlinker(path: Path) -> Callable[[], None]:
+    """What removes a socket's path, unless a successor has taken it over."""
+    own = path.stat().st_ino
+
+    def unlink() -> None:
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == own:
+                path.unlink()
+
+    return unlink
 
 
 def _is_served(path: str) -> bool:
@@ -229,13 +245,26 @@ async def _say(health: HealthServicer, program: Program, ready: bool) -> None:
         await health.set(name, status)
 
 
-async def _stop(server: grpc.aio.Server, health: HealthServicer, link: LinkServicer, settings: Settings) -> None:
+async def _stop(
+    server: grpc.aio.Server,
+    health: HealthServicer,
+    guard: Guard,
+    link: LinkServicer,
+    program: Program,
+    settings: Settings,
+) -> None:
+    """Says NOT_SERVING, serves on until callers have let go, refuses what comes later, and ends what is under way."""
     log.event("stopping")
+    started_s = time.monotonic()
     await health.enter_graceful_shutdown()
-    if settings.drain_s:
-        await asyncio.sleep(settings.drain_s)
+    link.announce()
+    await asyncio.gather(asyncio.sleep(settings.drain_s), link.let_go(program.is_idle, settings.grace_s))
+    left_s = started_s + settings.drain_s + settings.grace_s - time.monotonic()
+    left_s = max(left_s, min(settings.grace_s, LAST_CALLS_S))
+    guard.refuse()
     link.drain()
-    await asyncio.gather(server.stop(settings.grace_s), link.ended(settings.grace_s))
+    await asyncio.gather(guard.ended(left_s), link.ended(left_s))
+    await server.stop(REPLIES_S)
 
 
 def main_guard(program: Callable[[list[str]], int]) -> None:

@@ -31,7 +31,7 @@ class Durations:
 
     def observe(self, generation: Generation) -> None:
         """Takes in a sequence that was done; one that was computed anew says nothing."""
-        if generation.rebuilds:
+        if generation.rebuilds or generation.known:
             return
         now_s = time.monotonic()
         self._whole_s.add(now_s - generation.opened_s)

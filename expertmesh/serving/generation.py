@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from expertmesh.errors import DeadlineExceeded, InvalidInput
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.serving.passes import PROFILE_SEPARATOR, Provenance, are_exact
-from expertmesh.telemetry import metrics
 from expertmesh.v1.classifier_pb2 import Draw
 from expertmesh.v1.inference_pb2 import (
     FINISH_REASON_LENGTH,
@@ -73,8 +72,10 @@ class Witnesses:
 
     def __init__(self) -> None:
         self._profiles: set[str] = set()
+        self._missing: set[tuple[int, int]] = set()
         self._all_exact = True
         self._known: Provenance | None = None  # the latest that was added, which adds nothing when it comes again
+        self._route: Route | None = None
         self._said: Provenance | None = None
 
     def add(self, provenance: Provenance) -> None:
@@ -83,13 +84,16 @@ class Witnesses:
             return
         self._known, self._said = provenance, None
         self._profiles.update(provenance.profile.split(PROFILE_SEPARATOR))
+        self._missing.update(provenance.missing)
         self._all_exact &= provenance.exact
 
     def provenance(self, route: Route) -> Provenance:
         """What may be said of a token that came this way."""
-        if self._said is None or self._said.route != route:
+        if self._said is None or self._route != route:
+            self._route = route
             profile = PROFILE_SEPARATOR.join(sorted(self._profiles))
-            self._said = Provenance(route, self._all_exact and are_exact(self._profiles), profile)
+            exact = self._all_exact and are_exact(self._profiles)
+            self._said = Provenance(route, exact, profile).without(self._missing)
         return self._said
 
 
@@ -99,6 +103,7 @@ class Generation:
 
     Attributes:
         wish: What is asked.
+        known: What was generated of it elsewhere.
         ids: Prompt and what was generated so far.
         cached: How many of these are in the KV cache of its home.
         epoch: Grows each time it has to be computed anew.
@@ -113,6 +118,7 @@ class Generation:
     """
 
     wish: Wish
+    known: Sequence[int] = ()
     ids: list[int] = field(init=False)
     cached: int = 0
     epoch: int = 0
@@ -129,7 +135,7 @@ class Generation:
     _is_late: bool = False
 
     def __post_init__(self) -> None:
-        self.ids = list(self.wish.prompt)
+        self.ids = [*self.wish.prompt, *self.known]
         if self.wish.sampling.repetition_penalty != 1.0:
             self._seen = set(self.ids)
 
@@ -164,13 +170,12 @@ class Generation:
         return len(self.ids) - len(self.wish.prompt)
 
     def restart(self) -> None:
-        """What was cached of it is lost: it will be computed anew from its tokens."""
+        """What was cached of it is lost: it has to be computed anew from its tokens."""
         self.cached = 0
         self.epoch += 1
         self.rebuilds += 1
         if not self.generated:  # tokens that were drawn depend on who computed them, whatever is computed anew
             self.witnesses = Witnesses()
-        metrics.REBUILDS.inc()
 
     def add(self, drawn: TokenLogprobs, route: Route) -> bool:
         """Takes the next token and passes it on; gives whether it was the last one."""

@@ -145,6 +145,9 @@ class Generator:
                 choice.exact = choice.exact and message.exact
                 choice.route = max(choice.route, message.route)
                 choice.profile = message.profile
+                if message.missing_experts:  # those of all the tokens before as well
+                    del choice.missing_experts[:]
+                    choice.missing_experts.extend(message.missing_experts)
                 response.request_id, response.seed = message.request_id, message.seed
                 response.usage.CopyFrom(message.usage)
         for number, choice in sorted(choices.items()):
@@ -197,6 +200,7 @@ class Generator:
                     route=provenance.route,
                     exact=provenance.exact,
                     profile=provenance.profile,
+                    missing_experts=provenance.missing_experts() if provenance.missing else None,
                 )
                 meters.tokens.inc()
                 if finish != FINISH_REASON_UNSPECIFIED:

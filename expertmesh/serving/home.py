@@ -22,6 +22,10 @@ class Home(Protocol):
     def is_live(self) -> bool:
         """Whether it takes sequences."""
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether its sequences are better off at another home, which there is; they may go on here meanwhile."""
+
     async def open(self, generation: Generation) -> None:
         """Reserves room; for what is open already it says that it is still wanted.
 
@@ -34,8 +38,8 @@ class Home(Protocol):
     async def release(self, generations: Sequence[Generation]) -> None:
         """Frees sequences; never raises."""
 
-    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
-        """Computes rows and draws tokens, one for each work that draws, in their order; says how.
+    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
+        """Computes rows and draws tokens, one for each work that draws, in their order; says how, for each work.
 
         Raises:
             HomeLost: What was cached here is lost.

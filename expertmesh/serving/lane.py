@@ -30,11 +30,10 @@ from expertmesh.v1.sampling_pb2 import TokenLogprobs
 if TYPE_CHECKING:
     from expertmesh.serving.scheduler import Scheduler, StepLimits
 
-MAX_REBUILDS = 8
 RETRY_OPEN_S = 0.05
 KEEP_EVERY_S = 2.0  # a home forgets what it does not hear of
 
-_StepTask = asyncio.Task[tuple[list[TokenLogprobs], Provenance]]
+_StepTask = asyncio.Task[tuple[list[TokenLogprobs], Sequence[Provenance]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +59,7 @@ class Lane:
         self._limits = limits
         self._most = min(limits.sequences, limits.rows * (limits.micro_batches or MOST_LEVEL))
         self._running: list[Generation] = []
+        self._opening: Generation | None = None
         self._busy: set[Generation] = set()  # those in a step that is under way, or to be computed apart
         self._apart: deque[list[Work]] = deque()  # among each there is one of which nothing finite comes
         self._under_way: dict[_StepTask, _Step] = {}
@@ -77,6 +77,11 @@ class Lane:
     def load(self) -> int:
         """Sequences that run here."""
         return len(self._running)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no sequence runs here, or is about to."""
+        return not self._running and self._opening is None
 
     @property
     def has_room(self) -> bool:
@@ -103,6 +108,7 @@ class Lane:
             try:
                 await self._collect()
                 self._release([one for one in self._running if one.left and one not in self._busy])
+                self._move()
                 self._start()
                 await self._admit()
                 await self._keep()
@@ -118,7 +124,7 @@ class Lane:
 
     async def _admit(self) -> None:
         while self.has_room:
-            generation = self._scheduler.take(self)
+            generation = self._opening = self._scheduler.take(self)
             if generation is None:
                 return
             try:
@@ -140,9 +146,21 @@ class Lane:
                 generation.stepped = 0
                 self._running.append(generation)
                 self._fits = max(self._fits, self.load)
+            finally:
+                self._opening = None
             if self._steps_ended():  # those that run already do not wait until everybody has come in
                 await self._collect()
                 self._start()
+
+    def _move(self) -> None:
+        """Hands sequences of a home that leaves to others that have room for them, where they are computed anew."""
+        if not self.home.is_leaving:
+            return
+        room = self._scheduler.room_elsewhere(self)
+        moving = [one for one in self._running if one not in self._busy and not one.left][:room]
+        if moving:
+            self._release(moving)
+            self._again(moving)
 
     def _wait_for_room(self) -> None:
         """Nothing is opened until something was released here; another program may have, so look again anyway."""
@@ -216,7 +234,7 @@ class Lane:
         while ended := self._steps_ended():
             step = self._over(ended[0])
             try:
-                drawn, provenance = ended[0].result()
+                drawn, hows = ended[0].result()
             except NotFinite as error:
                 self._overlap.ended(step.started, 0)
                 self._divide(step.work, error)
@@ -231,7 +249,7 @@ class Lane:
                 self._fail([piece.generation for piece in step.work], error)
             else:
                 self._overlap.ended(step.started, sum(piece.rows for piece in step.work))
-                self._take_in(step.work, drawn, provenance)
+                self._take_in(step.work, drawn, hows)
 
     def _over(self, task: _StepTask) -> _Step:
         metrics.UNDER_WAY.labels("step").dec()
@@ -239,10 +257,10 @@ class Lane:
         self._busy.difference_update(piece.generation for piece in step.work)
         return step
 
-    def _take_in(self, work: Sequence[Work], drawn: Sequence[TokenLogprobs], provenance: Provenance) -> None:
+    def _take_in(self, work: Sequence[Work], drawn: Sequence[TokenLogprobs], hows: Sequence[Provenance]) -> None:
         tokens = iter(drawn)
         ended = []
-        for piece in work:
+        for piece, provenance in zip(work, hows, strict=True):
             piece.generation.cached += piece.rows
             piece.generation.witnesses.add(provenance)
             if piece.draws and piece.generation.add(next(tokens), provenance.route):
@@ -292,14 +310,9 @@ class Lane:
         self._again(lost)
 
     def _again(self, generations: Sequence[Generation]) -> None:
-        again = []
         for generation in generations:
             generation.restart()
-            if generation.rebuilds > MAX_REBUILDS:
-                generation.fail(Unavailable("its KV cache was lost again and again", "gating"))
-            elif not generation.left:
-                again.append(generation)
-        self._scheduler.give_back(again)
+        self._scheduler.rebuild([one for one in generations if not one.left])
 
     def _fail(self, generations: Sequence[Generation], error: MeshError) -> None:
         for generation in generations:

@@ -85,6 +85,11 @@ class Leases:
         """Blocks that nobody holds."""
         return len(self._free)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody holds any."""
+        return not self._leases
+
     def open(self, sequence: bytes, epoch: int, tokens: int) -> None:
         """Reserves room for a sequence.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from expertmesh.dispatch import Gate, Scores, StageCall
-from expertmesh.errors import CorruptReply, InvalidInput, MeshError
+from expertmesh.dispatch import ApplyExperts, Gate, Scores, StageCall
+from expertmesh.errors import InvalidInput, MeshError, NotFinite
 from expertmesh.model.spec import ModelSpec
 from expertmesh.tokenization.tokenizer import Encoded
-from expertmesh.v1.inference_pb2 import Classification, Route, StageTiming
+from expertmesh.v1.inference_pb2 import ROUTE_DEGRADED, Classification, ExpertId, Route, StageTiming
 from expertmesh.wire import encode
 
 PROFILE_SEPARATOR = " + "
@@ -60,16 +60,26 @@ class ExpertTokens:
     Args:
         spec: The model.
         lengths_B: Tokens of each sequence.
+
+    Attributes:
+        counts_BLE: The counts.
+        missing_B: For each sequence (layer, expert) of what its tokens wanted and was missing.
     """
 
     def __init__(self, spec: ModelSpec, lengths_B: Any) -> None:
         self._experts = spec.router.experts
         self._sequence_T = np.repeat(np.arange(len(lengths_B)), lengths_B)
         self.counts_BLE = np.zeros((len(lengths_B), spec.layers, spec.router.experts), np.int32)
+        self.missing_B: list[list[tuple[int, int]]] = [[] for _ in lengths_B]
 
     def observe(self, call: StageCall, result: Any) -> None:
-        """Counts the routes that a gating call gave."""
-        if isinstance(call, Gate):
+        """Counts the routes that a gating call gave, less those that went to experts that were missing."""
+        if isinstance(call, ApplyExperts):
+            for expert in result.missing:
+                for sequence in np.flatnonzero(self.counts_BLE[:, call.layer, expert]):
+                    self.missing_B[sequence].append((call.layer, expert))
+                self.counts_BLE[:, call.layer, expert] = 0
+        elif isinstance(call, Gate) and result.expert_ids_TK is not None:
             places_TK = self._sequence_T[:, None] * self._experts + np.asarray(result.expert_ids_TK)
             counts = np.bincount(places_TK.reshape(-1), minlength=self.counts_BLE[:, 0].size)
             self.counts_BLE[:, call.layer] = counts.reshape(-1, self._experts)
@@ -77,11 +87,28 @@ class ExpertTokens:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How an answer came to be: its route, whether it is exact, and the profile it was computed on."""
+    """How an answer came to be.
+
+    Attributes:
+        route: The way it came.
+        exact: Whether it is bit-equal to what the full model gives.
+        profile: What it was computed on.
+        missing: (layer, expert) of what was wanted and missing, ascending.
+    """
 
     route: Route
     exact: bool
     profile: str
+    missing: tuple[tuple[int, int], ...] = ()
+
+    def without(self, missing: Iterable[tuple[int, int]]) -> Provenance:
+        """The same where some experts were missing, if any were."""
+        experts = tuple(sorted(missing))
+        return Provenance(ROUTE_DEGRADED, False, self.profile, experts) if experts else self
+
+    def missing_experts(self) -> list[ExpertId]:
+        """What was missing, as messages."""
+        return [ExpertId(layer=layer, expert=expert) for layer, expert in self.missing]
 
 
 def are_exact(profiles: Set[str]) -> bool:
@@ -124,19 +151,21 @@ def to_answers(
             continue
         probabilities_C = scores.probabilities_BC[row]
         if not (np.isfinite(probabilities_C).all() and np.isfinite(scores.logits_BC[row]).all()):
-            answers.append(CorruptReply("the scores are not finite"))
+            answers.append(NotFinite("the scores are not finite"))
             row += 1
             continue
+        told = provenance.without(expert_tokens.missing_B[row])
         classification = Classification(
             label=spec.head.labels[int(probabilities_C.argmax())],
             probabilities=probabilities_C.tolist(),
             logits=scores.logits_BC[row].tolist(),
             tokens=length,
             truncated=bool(encoded.truncated_B[index]),
-            route=provenance.route,
-            exact=provenance.exact,
-            profile=provenance.profile,
+            route=told.route,
+            exact=told.exact,
+            profile=told.profile,
             expert_tokens=encode(expert_tokens.counts_BLE[row]),
+            missing_experts=told.missing_experts(),
         )
         answers.append(Answer(classification, timings))
         row += 1

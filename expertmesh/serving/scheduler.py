@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from expertmesh.errors import Unavailable
 from expertmesh.serving import shedding
@@ -17,6 +17,7 @@ from expertmesh.serving.durations import Durations
 from expertmesh.serving.generation import Generation, Token, Wish
 from expertmesh.serving.home import Home
 from expertmesh.serving.lane import Lane
+from expertmesh.serving.rebuilds import RebuildLimits, Rebuilds
 from expertmesh.telemetry import metrics
 
 
@@ -30,12 +31,14 @@ class StepLimits:
         waiting: Most sequences that wait; more are refused.
         micro_batches: Steps of one home that are under way at once, as long as there are sequences for them; 0 finds
             out how many are best.
+        rebuilds: How much is computed anew.
     """
 
     rows: int = 256
     sequences: int = 128
     waiting: int = 1024
     micro_batches: int = 0
+    rebuilds: RebuildLimits = field(default_factory=RebuildLimits)
 
 
 class Scheduler:
@@ -52,11 +55,17 @@ class Scheduler:
     ) -> None:
         self._homes, self._limits, self._unavailable = homes, limits, unavailable
         self._waiting: deque[Generation] = deque()
+        self._rebuilds = Rebuilds(limits.rebuilds, self.wake)
         self._lanes: dict[int, Lane] = {}
         self._durations = Durations()
+        self._counted: dict[str, int] = {}
 
-    async def generate(self, wish: Wish) -> AsyncGenerator[Token, None]:
+    async def generate(self, wish: Wish, known: Sequence[int] = ()) -> AsyncGenerator[Token, None]:
         """The tokens of one sequence as they come; closing the iterator frees whatever it holds.
+
+        Args:
+            wish: What is asked.
+            known: What was generated of it elsewhere; it goes on behind that, once all is computed anew.
 
         Raises:
             Overloaded: Too much waits already, or so much that it would not be done in time.
@@ -65,10 +74,13 @@ class Scheduler:
         expected_s = self._expected_s(wish)
         if len(self._waiting) >= self._limits.waiting:
             raise shedding.refuse_full("step", f"{len(self._waiting)} sequences", expected_s)
-        if expected_s is not None:
+        if expected_s is not None and not known:  # somebody has seen a part of it
             shedding.refuse_late("step", expected_s, wish.deadline)
-        generation = Generation(wish)
-        self._waiting.append(generation)
+        generation = Generation(wish, known)
+        if known:
+            self._rebuilds.add([generation])
+        else:
+            self._waiting.append(generation)
         tokens = generation.tokens()
         try:
             self.wake()
@@ -78,10 +90,13 @@ class Scheduler:
             await tokens.aclose()
             if generation in self._waiting:
                 self._waiting.remove(generation)
+            self._rebuilds.discard(generation)
             self.wake()
 
     def close(self) -> None:
         """Ends every lane, when the program ends."""
+        self._rebuilds.close()
+        self._count(dict.fromkeys(self._counted, 0))
         for lane in self._lanes.values():
             lane.close()
 
@@ -96,6 +111,11 @@ class Scheduler:
             other.wake()
         return None if emptier else self._waiting.popleft()
 
+    def room_elsewhere(self, lane: Lane) -> int:
+        """How many sequences of a lane others probably have room for, beside those that wait."""
+        room = sum(other.room for other in self._lanes.values() if other is not lane)
+        return max(0, room - len(self._waiting))
+
     def ended(self, generation: Generation) -> None:
         """A generation has all its tokens."""
         self._durations.observe(generation)
@@ -105,15 +125,27 @@ class Scheduler:
         self._waiting.extendleft(reversed(generations))
         self.wake()
 
+    def rebuild(self, generations: Sequence[Generation]) -> None:
+        """Takes sequences on that have to be computed anew."""
+        self._rebuilds.add(generations)
+        self.wake()
+
     def wake(self) -> None:
         """Looks again who waits and which homes are live; for whoever knows that something has changed."""
-        live = [home for home in self._homes() if home.is_live]
+        homes = self._homes()
+        live = [home for home in homes if home.is_live]
+        known = {id(home) for home in homes}
+        for key in [key for key, lane in self._lanes.items() if key not in known and lane.is_empty]:
+            self._lanes.pop(key).close()  # its home has left
         for home in live:
             if id(home) not in self._lanes:
                 self._lanes[id(home)] = Lane(home, self, self._limits)
         if not live:
             while self._waiting:
                 self._waiting.popleft().fail(self._unavailable())
+            self._rebuilds.fail(self._unavailable)
+        elif self._rebuilds:
+            self._waiting.extendleft(reversed(self._rebuilds.due()))
         self.tell()
         for lane in self._lanes.values():
             lane.wake()
@@ -139,6 +171,12 @@ class Scheduler:
         return True
 
     def tell(self) -> None:
-        """Brings the metrics up to date."""
-        metrics.GENERATIONS.labels("waiting").set(len(self._waiting))
-        metrics.GENERATIONS.labels("running").set(sum(lane.load for lane in self._lanes.values()))
+        """Brings the metrics up to date, to which other schedulers of the process add theirs."""
+        running = sum(lane.load for lane in self._lanes.values())
+        self._count({"running": running, "waiting": len(self._waiting), "rebuilding": len(self._rebuilds)})
+
+    def _count(self, state2count: dict[str, int]) -> None:
+        for state, count in state2count.items():
+            if more := count - self._counted.get(state, 0):
+                metrics.GENERATIONS.labels(state).inc(more)
+        self._counted = state2count

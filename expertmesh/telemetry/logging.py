@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 _LOGGER = logging.getLogger("expertmesh")
 _ENCODER = json.JSONEncoder(default=str)
@@ -33,9 +33,18 @@ class JsonFormatter(logging.Formatter):
         return _ENCODER.encode(line)
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes records; one that finds no room, as on a full disk, is lost without a word."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says what went wrong with a record, unless it was the stream itself."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def configure(service: str, level: str = "info") -> None:
     """Sends every record of this process to stderr as JSON."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.setFormatter(JsonFormatter(service))
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -27,15 +27,20 @@ TOKENS = Counter("expertmesh_tokens", "Token rows computed.", ["stage"])
 EXPERT_TOKENS = Counter("expertmesh_expert_tokens", "Token rows computed by an expert.", ["layer", "expert"])
 TEXTS = Counter("expertmesh_texts", "Texts answered, by the route that served them.", ["route"])
 FALLBACKS = Counter(
-    "expertmesh_fallbacks", "Calls that left the mesh route, by the stage that did not answer.", ["stage"]
+    "expertmesh_fallbacks", "Calls that went on by another route, by the stage that did not answer.", ["stage"]
 )
 PASS_TEXTS = Histogram("expertmesh_pass_texts", "Texts that shared a pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 TASKS = Gauge("expertmesh_tasks", "Tasks of the event loop, looked at twice a second.")
 KV_BLOCKS = Gauge("expertmesh_kv_blocks", "Blocks of the KV cache: total and used.", ["state"])
 KV_SEQUENCES = Gauge("expertmesh_kv_sequences", "Sequences that hold blocks of the KV cache.")
-GENERATIONS = Gauge("expertmesh_generations", "Sequences that generate, by whether they wait or run.", ["state"])
+GENERATIONS = Gauge(
+    "expertmesh_generations",
+    "Sequences that generate, by whether they wait, run, or wait to be computed anew.",
+    ["state"],
+)
 GENERATED_TOKENS = Counter("expertmesh_generated_tokens", "Tokens generated, by the route that served them.", ["route"])
 REBUILDS = Counter("expertmesh_rebuilds", "Sequences computed anew, since what was cached of them was lost.")
+REBUILT_ROWS = Counter("expertmesh_rebuilt_rows", "Token rows of sequences computed anew.")
 FIRST_TOKEN_SECONDS = Histogram(
     "expertmesh_first_token_seconds",
     "From a request's arrival to its first token, by the route that served it.",
@@ -98,6 +103,12 @@ class Work:
     def _forget(self, now: int) -> None:
         for second in [second for second in self._second2busy_s if second < now - self.WINDOW_S]:
             del self._second2busy_s[second]
+
+
+def forget_service(service: str) -> None:
+    """Removes what was told of a service that has left the mesh."""
+    for metric in (REPLICA_EVENTS, REPLICAS_LIVE):
+        metric.remove_by_labels({"service": service})
 
 
 def exposition() -> bytes:

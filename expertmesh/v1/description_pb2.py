@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65xpertmesh/v1/description.proto\x12\rexpertmesh.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xc9\x01\n\x10\x44\x65scribeResponse\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\"\n\x05parts\x18\x02 \x03(\x0b\x32\x13.expertmesh.v1.Part\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x0f\n\x07profile\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x08 \x01(\t\x12\r\n\x05links\x18\t \x01(\x08\"$\n\x04Part\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x32\x61\n\x12\x44\x65scriptionService\x12K\n\x08\x44\x65scribe\x12\x1e.expertmesh.v1.DescribeRequest\x1a\x1f.expertmesh.v1.DescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65xpertmesh/v1/description.proto\x12\rexpertmesh.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xdb\x01\n\x10\x44\x65scribeResponse\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\"\n\x05parts\x18\x02 \x03(\x0b\x32\x13.expertmesh.v1.Part\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x0f\n\x07profile\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x08 \x01(\t\x12\r\n\x05links\x18\t \x01(\x08\x12\x10\n\x08\x64raining\x18\n \x01(\x08\"$\n\x04Part\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x32\x61\n\x12\x44\x65scriptionService\x12K\n\x08\x44\x65scribe\x12\x1e.expertmesh.v1.DescribeRequest\x1a\x1f.expertmesh.v1.DescribeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,9 +34,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=50
   _globals['_DESCRIBEREQUEST']._serialized_end=67
   _globals['_DESCRIBERESPONSE']._serialized_start=70
-  _globals['_DESCRIBERESPONSE']._serialized_end=271
-  _globals['_PART']._serialized_start=273
-  _globals['_PART']._serialized_end=309
-  _globals['_DESCRIPTIONSERVICE']._serialized_start=311
-  _globals['_DESCRIPTIONSERVICE']._serialized_end=408
+  _globals['_DESCRIBERESPONSE']._serialized_end=289
+  _globals['_PART']._serialized_start=291
+  _globals['_PART']._serialized_end=327
+  _globals['_DESCRIPTIONSERVICE']._serialized_start=329
+  _globals['_DESCRIPTIONSERVICE']._serialized_end=426
 # @@protoc_insertion_point(module_scope)

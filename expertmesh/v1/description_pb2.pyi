@@ -11,7 +11,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("kind", "parts", "model_digest", "fingerprint", "profile", "device", "version", "metrics_address", "links")
+    __slots__ = ("kind", "parts", "model_digest", "fingerprint", "profile", "device", "version", "metrics_address", "links", "draining")
     KIND_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class DescribeResponse(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     kind: str
     parts: _containers.RepeatedCompositeFieldContainer[Part]
     model_digest: str
@@ -30,7 +31,8 @@ class DescribeResponse(_message.Message):
     version: str
     metrics_address: str
     links: bool
-    def __init__(self, kind: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., model_digest: _Optional[str] = ..., fingerprint: _Optional[str] = ..., profile: _Optional[str] = ..., device: _Optional[str] = ..., version: _Optional[str] = ..., metrics_address: _Optional[str] = ..., links: bool = ...) -> None: ...
+    draining: bool
+    def __init__(self, kind: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., model_digest: _Optional[str] = ..., fingerprint: _Optional[str] = ..., profile: _Optional[str] = ..., device: _Optional[str] = ..., version: _Optional[str] = ..., metrics_address: _Optional[str] = ..., links: bool = ..., draining: bool = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("name", "digest")

@@ -27,45 +27,47 @@ from expertmesh.v1 import tensor_pb2 as expertmesh_dot_v1_dot_tensor__pb2
 from expertmesh.v1 import tokenizer_pb2 as expertmesh_dot_v1_dot_tokenizer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertmesh/v1/inference.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/sampling.proto\x1a\x1a\x65xpertmesh/v1/tensor.proto\x1a\x1d\x65xpertmesh/v1/tokenizer.proto\"\x89\x01\n\x0f\x43lassifyRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12)\n\x08\x63ontract\x18\x02 \x01(\x0e\x32\x17.expertmesh.v1.Contract\x12#\n\x05route\x18\x03 \x01(\x0e\x32\x14.expertmesh.v1.Route\x12\x17\n\x0finclude_experts\x18\x04 \x01(\x08\"\x93\x01\n\x10\x43lassifyResponse\x12.\n\x07results\x18\x01 \x03(\x0b\x32\x1d.expertmesh.v1.Classification\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12+\n\x07timings\x18\x04 \x03(\x0b\x32\x1a.expertmesh.v1.StageTiming\"\xdc\x01\n\x0e\x43lassification\x12\r\n\x05label\x18\x01 \x01(\t\x12\x15\n\rprobabilities\x18\x02 \x03(\x02\x12\x0e\n\x06logits\x18\x03 \x03(\x02\x12\x0e\n\x06tokens\x18\x04 \x01(\x05\x12\x11\n\ttruncated\x18\x05 \x01(\x08\x12#\n\x05route\x18\x06 \x01(\x0e\x32\x14.expertmesh.v1.Route\x12\r\n\x05\x65xact\x18\x07 \x01(\x08\x12\x0f\n\x07profile\x18\x08 \x01(\t\x12,\n\rexpert_tokens\x18\t \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"-\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\xae\x04\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12&\n\x03ids\x18\x02 \x01(\x0b\x32\x17.expertmesh.v1.TokenIdsH\x00\x12#\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x13.expertmesh.v1.ChatH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\r\n\x05top_k\x18\x06 \x01(\x05\x12\x12\n\x05top_p\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\r\n\x05min_p\x18\x08 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x10\n\x08stop_ids\x18\x0c \x03(\x05\x12\x12\n\nignore_end\x18\r \x01(\x08\x12\x0e\n\x01n\x18\x0e \x01(\x05H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x07\x88\x01\x01\x12)\n\x08\x63ontract\x18\x10 \x01(\x0e\x32\x17.expertmesh.v1.Contract\x12#\n\x05route\x18\x11 \x01(\x0e\x32\x14.expertmesh.v1.Route\x12\x14\n\x0c\x66irst_choice\x18\x12 \x01(\x05\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\x9e\x02\n\x10GenerateResponse\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12,\n\x06tokens\x18\x03 \x03(\x0b\x32\x1c.expertmesh.v1.TokenLogprobs\x12\x32\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x14.expertmesh.v1.Usage\x12#\n\x05route\x18\x06 \x01(\x0e\x32\x14.expertmesh.v1.Route\x12\r\n\x05\x65xact\x18\x07 \x01(\x08\x12\x0f\n\x07profile\x18\x08 \x01(\t\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x0c\n\x04seed\x18\n \x01(\x04\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"B\n\x0f\x43ompleteRequest\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.expertmesh.v1.GenerateRequest\"\x85\x01\n\x10\x43ompleteResponse\x12*\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.Completion\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.expertmesh.v1.Usage\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"\xc1\x01\n\nCompletion\x12\x0c\n\x04text\x18\x01 \x01(\t\x12,\n\x06tokens\x18\x02 \x03(\x0b\x32\x1c.expertmesh.v1.TokenLogprobs\x12\x32\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12#\n\x05route\x18\x04 \x01(\x0e\x32\x14.expertmesh.v1.Route\x12\r\n\x05\x65xact\x18\x05 \x01(\x08\x12\x0f\n\x07profile\x18\x06 \x01(\t\"P\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12#\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x13.expertmesh.v1.ChatH\x00\x42\x08\n\x06prompt\"\x1f\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\x05*j\n\x08\x43ontract\x12\x18\n\x14\x43ONTRACT_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43ONTRACT_EXACT\x10\x01\x12\x16\n\x12\x43ONTRACT_MESH_ONLY\x10\x02\x12\x18\n\x14\x43ONTRACT_DEGRADED_OK\x10\x03*X\n\x05Route\x12\x15\n\x11ROUTE_UNSPECIFIED\x10\x00\x12\x0e\n\nROUTE_MESH\x10\x01\x12\x14\n\x10ROUTE_FULL_MODEL\x10\x02\x12\x12\n\x0eROUTE_DEGRADED\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xc8\x02\n\x10InferenceService\x12K\n\x08\x43lassify\x12\x1e.expertmesh.v1.ClassifyRequest\x1a\x1f.expertmesh.v1.ClassifyResponse\x12M\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1f.expertmesh.v1.GenerateResponse0\x01\x12K\n\x08\x43omplete\x12\x1e.expertmesh.v1.CompleteRequest\x1a\x1f.expertmesh.v1.CompleteResponse\x12K\n\x08Tokenize\x12\x1e.expertmesh.v1.TokenizeRequest\x1a\x1f.expertmesh.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertmesh/v1/inference.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/sampling.proto\x1a\x1a\x65xpertmesh/v1/tensor.proto\x1a\x1d\x65xpertmesh/v1/tokenizer.proto\"\x89\x01\n\x0f\x43lassifyRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12)\n\x08\x63ontract\x18\x02 \x01(\x0e\x32\x17.expertmesh.v1.Contract\x12#\n\x05route\x18\x03 \x01(\x0e\x32\x14.expertmesh.v1.Route\x12\x17\n\x0finclude_experts\x18\x04 \x01(\x08\"\x93\x01\n\x10\x43lassifyResponse\x12.\n\x07results\x18\x01 \x03(\x0b\x32\x1d.expertmesh.v1.Classification\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12+\n\x07timings\x18\x04 \x03(\x0b\x32\x1a.expertmesh.v1.StageTiming\"\x8e\x02\n\x0e\x43lassification\x12\r\n\x05label\x18\x01 \x01(\t\x12\x15\n\rprobabilities\x18\x02 \x03(\x02\x12\x0e\n\x06logits\x18\x03 \x03(\x02\x12\x0e\n\x06tokens\x18\x04 \x01(\x05\x12\x11\n\ttruncated\x18\x05 \x01(\x08\x12#\n\x05route\x18\x06 \x01(\x0e\x32\x14.expertmesh.v1.Route\x12\r\n\x05\x65xact\x18\x07 \x01(\x08\x12\x0f\n\x07profile\x18\x08 \x01(\t\x12,\n\rexpert_tokens\x18\t \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x30\n\x0fmissing_experts\x18\n \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\")\n\x08\x45xpertId\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\x05\"-\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\xae\x04\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12&\n\x03ids\x18\x02 \x01(\x0b\x32\x17.expertmesh.v1.TokenIdsH\x00\x12#\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x13.expertmesh.v1.ChatH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\r\n\x05top_k\x18\x06 \x01(\x05\x12\x12\n\x05top_p\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\r\n\x05min_p\x18\x08 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x10\n\x08stop_ids\x18\x0c \x03(\x05\x12\x12\n\nignore_end\x18\r \x01(\x08\x12\x0e\n\x01n\x18\x0e \x01(\x05H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x07\x88\x01\x01\x12)\n\x08\x63ontract\x18\x10 \x01(\x0e\x32\x17.expertmesh.v1.Contract\x12#\n\x05route\x18\x11 \x01(\x0e\x32\x14.expertmesh.v1.Route\x12\x14\n\x0c\x66irst_choice\x18\x12 \x01(\x05\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xd0\x02\n\x10GenerateResponse\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12,\n\x06tokens\x18\x03 \x03(\x0b\x32\x1c.expertmesh.v1.TokenLogprobs\x12\x32\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x14.expertmesh.v1.Usage\x12#\n\x05route\x18\x06 \x01(\x0e\x32\x14.expertmesh.v1.Route\x12\r\n\x05\x65xact\x18\x07 \x01(\x08\x12\x0f\n\x07profile\x18\x08 \x01(\t\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x30\n\x0fmissing_experts\x18\x0b \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"B\n\x0f\x43ompleteRequest\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.expertmesh.v1.GenerateRequest\"\x85\x01\n\x10\x43ompleteResponse\x12*\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.Completion\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.expertmesh.v1.Usage\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"\xf3\x01\n\nCompletion\x12\x0c\n\x04text\x18\x01 \x01(\t\x12,\n\x06tokens\x18\x02 \x03(\x0b\x32\x1c.expertmesh.v1.TokenLogprobs\x12\x32\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12#\n\x05route\x18\x04 \x01(\x0e\x32\x14.expertmesh.v1.Route\x12\r\n\x05\x65xact\x18\x05 \x01(\x08\x12\x0f\n\x07profile\x18\x06 \x01(\t\x12\x30\n\x0fmissing_experts\x18\x07 \x03(\x0b\x32\x17.expertmesh.v1.ExpertId\"P\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12#\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x13.expertmesh.v1.ChatH\x00\x42\x08\n\x06prompt\"\x1f\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\x05*j\n\x08\x43ontract\x12\x18\n\x14\x43ONTRACT_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43ONTRACT_EXACT\x10\x01\x12\x16\n\x12\x43ONTRACT_MESH_ONLY\x10\x02\x12\x18\n\x14\x43ONTRACT_DEGRADED_OK\x10\x03*X\n\x05Route\x12\x15\n\x11ROUTE_UNSPECIFIED\x10\x00\x12\x0e\n\nROUTE_MESH\x10\x01\x12\x14\n\x10ROUTE_FULL_MODEL\x10\x02\x12\x12\n\x0eROUTE_DEGRADED\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xc8\x02\n\x10InferenceService\x12K\n\x08\x43lassify\x12\x1e.expertmesh.v1.ClassifyRequest\x1a\x1f.expertmesh.v1.ClassifyResponse\x12M\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1f.expertmesh.v1.GenerateResponse0\x01\x12K\n\x08\x43omplete\x12\x1e.expertmesh.v1.CompleteRequest\x1a\x1f.expertmesh.v1.CompleteResponse\x12K\n\x08Tokenize\x12\x1e.expertmesh.v1.TokenizeRequest\x1a\x1f.expertmesh.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONTRACT']._serialized_start=2146
-  _globals['_CONTRACT']._serialized_end=2252
-  _globals['_ROUTE']._serialized_start=2254
-  _globals['_ROUTE']._serialized_end=2342
-  _globals['_FINISHREASON']._serialized_start=2344
-  _globals['_FINISHREASON']._serialized_end=2439
+  _globals['_CONTRACT']._serialized_start=2339
+  _globals['_CONTRACT']._serialized_end=2445
+  _globals['_ROUTE']._serialized_start=2447
+  _globals['_ROUTE']._serialized_end=2535
+  _globals['_FINISHREASON']._serialized_start=2537
+  _globals['_FINISHREASON']._serialized_end=2632
   _globals['_CLASSIFYREQUEST']._serialized_start=138
   _globals['_CLASSIFYREQUEST']._serialized_end=275
   _globals['_CLASSIFYRESPONSE']._serialized_start=278
   _globals['_CLASSIFYRESPONSE']._serialized_end=425
   _globals['_CLASSIFICATION']._serialized_start=428
-  _globals['_CLASSIFICATION']._serialized_end=648
-  _globals['_STAGETIMING']._serialized_start=650
-  _globals['_STAGETIMING']._serialized_end=695
-  _globals['_GENERATEREQUEST']._serialized_start=698
-  _globals['_GENERATEREQUEST']._serialized_end=1256
-  _globals['_TOKENIDS']._serialized_start=1258
-  _globals['_TOKENIDS']._serialized_end=1281
-  _globals['_GENERATERESPONSE']._serialized_start=1284
-  _globals['_GENERATERESPONSE']._serialized_end=1570
-  _globals['_USAGE']._serialized_start=1572
-  _globals['_USAGE']._serialized_end=1629
-  _globals['_COMPLETEREQUEST']._serialized_start=1631
-  _globals['_COMPLETEREQUEST']._serialized_end=1697
-  _globals['_COMPLETERESPONSE']._serialized_start=1700
-  _globals['_COMPLETERESPONSE']._serialized_end=1833
-  _globals['_COMPLETION']._serialized_start=1836
-  _globals['_COMPLETION']._serialized_end=2029
-  _globals['_TOKENIZEREQUEST']._serialized_start=2031
-  _globals['_TOKENIZEREQUEST']._serialized_end=2111
-  _globals['_TOKENIZERESPONSE']._serialized_start=2113
-  _globals['_TOKENIZERESPONSE']._serialized_end=2144
-  _globals['_INFERENCESERVICE']._serialized_start=2442
-  _globals['_INFERENCESERVICE']._serialized_end=2770
+  _globals['_CLASSIFICATION']._serialized_end=698
+  _globals['_EXPERTID']._serialized_start=700
+  _globals['_EXPERTID']._serialized_end=741
+  _globals['_STAGETIMING']._serialized_start=743
+  _globals['_STAGETIMING']._serialized_end=788
+  _globals['_GENERATEREQUEST']._serialized_start=791
+  _globals['_GENERATEREQUEST']._serialized_end=1349
+  _globals['_TOKENIDS']._serialized_start=1351
+  _globals['_TOKENIDS']._serialized_end=1374
+  _globals['_GENERATERESPONSE']._serialized_start=1377
+  _globals['_GENERATERESPONSE']._serialized_end=1713
+  _globals['_USAGE']._serialized_start=1715
+  _globals['_USAGE']._serialized_end=1772
+  _globals['_COMPLETEREQUEST']._serialized_start=1774
+  _globals['_COMPLETEREQUEST']._serialized_end=1840
+  _globals['_COMPLETERESPONSE']._serialized_start=1843
+  _globals['_COMPLETERESPONSE']._serialized_end=1976
+  _globals['_COMPLETION']._serialized_start=1979
+  _globals['_COMPLETION']._serialized_end=2222
+  _globals['_TOKENIZEREQUEST']._serialized_start=2224
+  _globals['_TOKENIZEREQUEST']._serialized_end=2304
+  _globals['_TOKENIZERESPONSE']._serialized_start=2306
+  _globals['_TOKENIZERESPONSE']._serialized_end=2337
+  _globals['_INFERENCESERVICE']._serialized_start=2635
+  _globals['_INFERENCESERVICE']._serialized_end=2963
 # @@protoc_insertion_point(module_scope)

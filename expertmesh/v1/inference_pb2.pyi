@@ -66,7 +66,7 @@ class ClassifyResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[Classification, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ..., timings: _Optional[_Iterable[_Union[StageTiming, _Mapping]]] = ...) -> None: ...
 
 class Classification(_message.Message):
-    __slots__ = ("label", "probabilities", "logits", "tokens", "truncated", "route", "exact", "profile", "expert_tokens")
+    __slots__ = ("label", "probabilities", "logits", "tokens", "truncated", "route", "exact", "profile", "expert_tokens", "missing_experts")
     LABEL_FIELD_NUMBER: _ClassVar[int]
     PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +76,7 @@ class Classification(_message.Message):
     EXACT_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     EXPERT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     label: str
     probabilities: _containers.RepeatedScalarFieldContainer[float]
     logits: _containers.RepeatedScalarFieldContainer[float]
@@ -85,7 +86,16 @@ class Classification(_message.Message):
     exact: bool
     profile: str
     expert_tokens: _tensor_pb2.Tensor
-    def __init__(self, label: _Optional[str] = ..., probabilities: _Optional[_Iterable[float]] = ..., logits: _Optional[_Iterable[float]] = ..., tokens: _Optional[int] = ..., truncated: bool = ..., route: _Optional[_Union[Route, str]] = ..., exact: bool = ..., profile: _Optional[str] = ..., expert_tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    missing_experts: _containers.RepeatedCompositeFieldContainer[ExpertId]
+    def __init__(self, label: _Optional[str] = ..., probabilities: _Optional[_Iterable[float]] = ..., logits: _Optional[_Iterable[float]] = ..., tokens: _Optional[int] = ..., truncated: bool = ..., route: _Optional[_Union[Route, str]] = ..., exact: bool = ..., profile: _Optional[str] = ..., expert_tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., missing_experts: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ...) -> None: ...
+
+class ExpertId(_message.Message):
+    __slots__ = ("layer", "expert")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    expert: int
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ...) -> None: ...
 
 class StageTiming(_message.Message):
     __slots__ = ("stage", "seconds")
@@ -142,7 +152,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("choice", "text", "tokens", "finish_reason", "usage", "route", "exact", "profile", "request_id", "seed")
+    __slots__ = ("choice", "text", "tokens", "finish_reason", "usage", "route", "exact", "profile", "request_id", "seed", "missing_experts")
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +163,7 @@ class GenerateResponse(_message.Message):
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     choice: int
     text: str
     tokens: _containers.RepeatedCompositeFieldContainer[_sampling_pb2.TokenLogprobs]
@@ -163,7 +174,8 @@ class GenerateResponse(_message.Message):
     profile: str
     request_id: str
     seed: int
-    def __init__(self, choice: _Optional[int] = ..., text: _Optional[str] = ..., tokens: _Optional[_Iterable[_Union[_sampling_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., route: _Optional[_Union[Route, str]] = ..., exact: bool = ..., profile: _Optional[str] = ..., request_id: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
+    missing_experts: _containers.RepeatedCompositeFieldContainer[ExpertId]
+    def __init__(self, choice: _Optional[int] = ..., text: _Optional[str] = ..., tokens: _Optional[_Iterable[_Union[_sampling_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., route: _Optional[_Union[Route, str]] = ..., exact: bool = ..., profile: _Optional[str] = ..., request_id: _Optional[str] = ..., seed: _Optional[int] = ..., missing_experts: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens")
@@ -192,20 +204,22 @@ class CompleteResponse(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., request_id: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Completion(_message.Message):
-    __slots__ = ("text", "tokens", "finish_reason", "route", "exact", "profile")
+    __slots__ = ("text", "tokens", "finish_reason", "route", "exact", "profile", "missing_experts")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
+    MISSING_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     text: str
     tokens: _containers.RepeatedCompositeFieldContainer[_sampling_pb2.TokenLogprobs]
     finish_reason: FinishReason
     route: Route
     exact: bool
     profile: str
-    def __init__(self, text: _Optional[str] = ..., tokens: _Optional[_Iterable[_Union[_sampling_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., route: _Optional[_Union[Route, str]] = ..., exact: bool = ..., profile: _Optional[str] = ...) -> None: ...
+    missing_experts: _containers.RepeatedCompositeFieldContainer[ExpertId]
+    def __init__(self, text: _Optional[str] = ..., tokens: _Optional[_Iterable[_Union[_sampling_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., route: _Optional[_Union[Route, str]] = ..., exact: bool = ..., profile: _Optional[str] = ..., missing_experts: _Optional[_Iterable[_Union[ExpertId, _Mapping]]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "chat")

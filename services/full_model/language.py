@@ -47,6 +47,7 @@ class LocalHome:
     """
 
     is_live = True
+    is_leaving = False
 
     def __init__(self, stage: Stage, leases: Leases) -> None:
         self._stage = stage
@@ -72,9 +73,9 @@ class LocalHome:
         """Frees sequences."""
         self._leases.release([generation.id for generation in generations])
 
-    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
-        """Computes rows and draws tokens, one for each work that draws, in their order; says how."""
-        return await self._in_thread(lambda: self._step(work)), self._provenance
+    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
+        """Computes rows and draws tokens, one for each work that draws, in their order; says how, for each work."""
+        return await self._in_thread(lambda: self._step(work)), [self._provenance] * len(work)
 
     async def inspect(self, ids: Sequence[int], chunk: int, observe: Observer) -> None:
         """Runs one sequence of ids through the layers, so many at a time, and shows every stage call."""

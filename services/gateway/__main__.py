@@ -17,6 +17,7 @@ from expertmesh.serving.batcher import Limits
 from expertmesh.serving.generator import Generator
 from expertmesh.serving.inference import InferenceServicer
 from expertmesh.serving.inspection import InspectionServicer
+from expertmesh.serving.rebuilds import RebuildLimits
 from expertmesh.serving.scheduler import StepLimits
 from expertmesh.telemetry.logging import event
 from expertmesh.telemetry.tracing import Tracing
@@ -25,6 +26,7 @@ from expertmesh.wire import ROW_DTYPES
 
 from .language import RoutedTokenizing, RoutedTokens
 from .mesh import Mesh
+from .mesh_watch import MeshWatch
 from .open_inference import OpenInferenceServicer
 from .routes import RoutedClassifier
 from .web.application import application, serve
@@ -44,6 +46,10 @@ class GatewaySettings(Settings):
     step_rows: int = setting("most token rows that share a step of generation", 256)
     step_sequences: int = setting("most sequences that generate at once at one gating replica", 128)
     micro_batches: int = setting("steps under way at once at one gating replica; 0 finds out how many are fastest", 0)
+    rebuild_rows: int = setting(
+        "token rows a second of sequences that are computed anew, once their KV cache was lost; 0 for no limit", 4096
+    )
+    rebuild_tokens: int = setting("tokens of the longest sequence that is computed anew; 0 for the model's context", 0)
     wire_dtype: str = setting(
         "what rows travel to experts in: float32, float16 or bfloat16; by default the model's own, which is exact", ""
     )
@@ -52,6 +58,7 @@ class GatewaySettings(Settings):
         " gating has a device of its own",
         "auto",
     )
+    resolve_s: float = setting("seconds after which DNS names in the mesh file are looked up again", 2.0)
     settle_s: float = setting("after a start, seconds to wait for replicas that are not there yet", 10.0)
 
     def __post_init__(self) -> None:
@@ -64,9 +71,12 @@ class GatewaySettings(Settings):
         check(self.step_rows >= 1, "step_rows must be at least 1")
         check(self.step_sequences >= 1, "step_sequences must be at least 1")
         check(self.micro_batches >= 0, "micro_batches must be at least 0")
+        check(self.rebuild_rows >= 0, "rebuild_rows must be at least 0")
+        check(self.rebuild_tokens >= 0, "rebuild_tokens must be at least 0")
         known = ", ".join(ROW_DTYPES)
         check(self.wire_dtype in ("", *ROW_DTYPES), f"wire_dtype {self.wire_dtype!r} is not one of {known}")
         check(self.shared_apart in ("auto", "on", "off"), f"shared_apart {self.shared_apart!r} is not auto, on or off")
+        check(0.1 <= self.resolve_s <= 3600, "resolve_s must be in [0.1, 3600]")
         check(0 <= self.settle_s <= 3600, "settle_s must be in [0, 3600]")
 
 
@@ -82,7 +92,9 @@ def load(settings: GatewaySettings, tracing: Tracing) -> Program:
         settings.settle_s,
         settings.wire_dtype,
         settings.shared_apart,
+        settings.resolve_s,
     )
+    watch = MeshWatch(settings.mesh, mesh_file, mesh)
     offer = (_language if manifest.spec.generates else _classifier)(settings, mesh)
     app = application(
         offer.inference,
@@ -98,6 +110,7 @@ def load(settings: GatewaySettings, tracing: Tracing) -> Program:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(mesh)
             stack.callback(offer.close)
+            await stack.enter_async_context(watch.watching())
             if settings.http:
                 address = await stack.enter_async_context(serve(app, settings.http))
                 event("http_ready", address=address)
@@ -130,7 +143,13 @@ def _classifier(settings: GatewaySettings, mesh: Mesh) -> _Offer:
 
 
 def _language(settings: GatewaySettings, mesh: Mesh) -> _Offer:
-    limits = StepLimits(settings.step_rows, settings.step_sequences, settings.waiting_texts, settings.micro_batches)
+    limits = StepLimits(
+        settings.step_rows,
+        settings.step_sequences,
+        settings.waiting_texts,
+        settings.micro_batches,
+        RebuildLimits(settings.rebuild_rows, settings.rebuild_tokens),
+    )
     tokens = RoutedTokens(mesh, limits)
     generator = Generator(mesh.manifest.spec, tokens, RoutedTokenizing(mesh))
     inference = InferenceServicer(mesh.manifest.spec, generator=generator)

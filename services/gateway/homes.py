@@ -20,19 +20,20 @@ from expertmesh.errors import (
     WrongPart,
 )
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.replica import Replica, State
+from expertmesh.rpc.replica import Replica
 from expertmesh.serving.generation import Generation
 from expertmesh.serving.home import HomeLost
 from expertmesh.serving.inspection import Observer, chunks
-from expertmesh.serving.passes import PROFILE_SEPARATOR, Provenance
+from expertmesh.serving.passes import PROFILE_SEPARATOR, ExpertTokens, Provenance
 from expertmesh.serving.steps import Work
 from expertmesh.telemetry import tracing
 from expertmesh.v1.gating_pb2 import OpenRequest, Place, ReleaseRequest
 from expertmesh.v1.inference_pb2 import ROUTE_MESH
 from expertmesh.v1.sampling_pb2 import TokenLogprobs
 
+from .expert_calls import Absence, Rows
 from .mesh import Mesh
-from .stage_calls import Rows, StageCalls
+from .stage_calls import StageCalls
 
 CALL_TIMEOUT_S = 5.0
 STEP_TIMEOUT_S = 60.0
@@ -52,11 +53,19 @@ class GatingHome:
         self._mesh = mesh
         self._replica = replica
         self._owed: set[bytes] = set()  # sequences that it may hold though nobody wants them
+        self._held: set[bytes] = set()
+        self.degraded = DegradedHome(self)
 
     @property
     def is_live(self) -> bool:
         """Whether it takes sequences."""
-        return self._replica.state is State.LIVE and not self._mesh.draining
+        return self._replica in self._mesh.gating.live
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether its sequences are better off elsewhere: it drains or left the mesh, and there is another home."""
+        live = self._mesh.gating.live
+        return bool(live) and self._replica not in live
 
     async def open(self, generation: Generation) -> None:
         """Reserves room for a sequence.
@@ -72,8 +81,14 @@ class GatingHome:
         """Frees sequences."""
         await self._release([generation.id for generation in generations])
 
-    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
-        """Computes rows and draws tokens, one for each work that draws, in their order; says how.
+    async def step(
+        self, work: Sequence[Work], degrades: bool = False
+    ) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
+        """Computes rows and draws tokens, one for each work that draws, in their order; says how, for each work.
+
+        Args:
+            work: The rows.
+            degrades: Whether experts that are dead are left out.
 
         Raises:
             HomeLost: What was cached here is lost.
@@ -81,7 +96,7 @@ class GatingHome:
             CorruptReply: Another stage was wrong.
         """
         try:
-            return await self._step(work)
+            return await self._step(work, degrades)
         except (
             InvalidInput,
             WrongPart,
@@ -91,19 +106,24 @@ class GatingHome:
         except DeadlineExceeded:
             raise Unavailable(f"a step took longer than {STEP_TIMEOUT_S:.0f} s", "gateway") from None
 
-    async def _step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+    async def _step(self, work: Sequence[Work], degrades: bool) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
         pieces = [piece.generation for piece in work]
         places = [Place(sequence=one.id, epoch=one.epoch, position=one.cached) for one in pieces]
         deadline = Deadline.after(STEP_TIMEOUT_S)
-        calls = StageCalls(self._mesh, deadline, places, self._replica, self._mesh.shared_apart)
+        absence = Absence.of(degrades, len(work))
+        calls = StageCalls(self._mesh, deadline, places, self._replica, self._mesh.shared_apart, absence)
         ids_T = np.array([id_ for one in work for id_ in one.ids], np.int32)
         lengths_B = np.array([one.rows for one in work], np.int32)
+        expert_tokens = ExpertTokens(self._mesh.manifest.spec, lengths_B) if degrades else None
         with tracing.span("step", rows=len(ids_T), sequences=len(work)):
-            x_TD = await self._rows(calls, ids_T, lengths_B)
+            x_TD = await self._rows(calls, ids_T, lengths_B, expert_tokens.observe if expert_tokens else None)
             lasts = [last for last, one in zip(np.cumsum(lengths_B) - 1, work, strict=True) if one.draws]
             draws = [one.generation.draw() for one in work if one.draws]
             tokens = await calls.sample(x_TD[lasts], draws) if draws else []
-        return tokens, Provenance(ROUTE_MESH, calls.is_exact, PROFILE_SEPARATOR.join(sorted(calls.profiles)))
+        provenance = Provenance(ROUTE_MESH, calls.is_exact, PROFILE_SEPARATOR.join(sorted(calls.profiles)))
+        if expert_tokens is None:
+            return tokens, [provenance] * len(work)
+        return tokens, [provenance.without(missing) for missing in expert_tokens.missing_B]
 
     async def inspect(self, ids: Sequence[int], chunk: int, deadline: Deadline, observe: Observer) -> None:
         """Runs one sequence of ids through the layers, so many at a time, and shows every stage call.
@@ -148,6 +168,7 @@ class GatingHome:
         if self._owed:
             await self._release([])
         request = OpenRequest(sequence=sequence, epoch=epoch, tokens=tokens)
+        self._let_go([sequence])  # until it is certain; the call itself keeps the replica meanwhile
         try:
             await self._mesh.gating.call("Open", request, Deadline.after(CALL_TIMEOUT_S), _taken, at=self._replica)
         except LOSSES as error:
@@ -158,15 +179,67 @@ class GatingHome:
             late = f"it did not open a sequence within {CALL_TIMEOUT_S:.0f} s"
             self._replica.lose(late)
             raise HomeLost(late) from None
+        self._held.add(sequence)
+        self._replica.sequences = len(self._held)
 
     async def _release(self, sequences: Sequence[bytes]) -> None:
         """What it cannot be told now, it is told before something is opened; and by itself it forgets in a while."""
         self._owed.update(sequences)
+        self._let_go(sequences)
         told = list(self._owed)[-MOST_RELEASED:]
         request = ReleaseRequest(sequences=told)
         with suppress(MeshError):
             await self._mesh.gating.call("Release", request, Deadline.after(CALL_TIMEOUT_S), _taken, at=self._replica)
             self._owed.difference_update(told)
+
+    def _let_go(self, sequences: Sequence[bytes]) -> None:
+        self._held.difference_update(sequences)
+        self._replica.sequences = len(self._held)
+
+
+class Homes:
+    """The homes there are: one for every gating replica, as these come and go.
+
+    Args:
+        mesh: The services.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._replica2home: dict[Replica, GatingHome] = {}
+
+    def all(self) -> list[GatingHome]:
+        """The homes of just now; that of a replica stays the same as long as there is the replica."""
+        known, replicas = self._replica2home, self._mesh.gating.replicas
+        if list(known) != replicas:
+            self._replica2home = {one: known.get(one) or GatingHome(self._mesh, one) for one in replicas}
+        return list(self._replica2home.values())
+
+
+class DegradedHome:
+    """The same replica for sequences that may do without dead experts; these have steps of their own.
+
+    Args:
+        home: The replica.
+    """
+
+    def __init__(self, home: GatingHome) -> None:
+        self._home = home
+        self.open, self.release = home.open, home.release
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it takes sequences."""
+        return self._home.is_live
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether its sequences are better off elsewhere."""
+        return self._home.is_leaving
+
+    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
+        """As `GatingHome.step`, without the experts that are dead."""
+        return await self._home.step(work, degrades=True)
 
 
 def _taken(reply: Any, origin: Any) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,14 +17,12 @@ from expertmesh.serving.generation import NO_LOGPROBS, Token, Wish, Witnesses
 from expertmesh.serving.inspection import Trace
 from expertmesh.serving.passes import Provenance, are_exact
 from expertmesh.serving.scheduler import Scheduler, StepLimits
-from expertmesh.telemetry import metrics
-from expertmesh.telemetry.logging import event
 from expertmesh.v1.inference_pb2 import (
-    CONTRACT_MESH_ONLY,
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
     FINISH_REASON_UNSPECIFIED,
     ROUTE_FULL_MODEL,
+    ROUTE_MESH,
     Contract,
     FinishReason,
     GenerateRequest,
@@ -41,10 +38,12 @@ from expertmesh.v1.tokenizer_pb2 import (
     EncodePromptResponse,
 )
 
-from .homes import GatingHome
+from .homes import Homes
 from .mesh import Mesh
 from .stage_calls import check_token
+from .ways import FAILURES, Way, Ways, told
 
+ROUTES = {Way.MESH: ROUTE_MESH, Way.FULL_MODEL: ROUTE_FULL_MODEL, Way.DEGRADED: ROUTE_MESH}  # where nothing is missing
 ReplyT = TypeVar("ReplyT")
 
 
@@ -58,15 +57,20 @@ class RoutedTokens:
 
     def __init__(self, mesh: Mesh, limits: StepLimits) -> None:
         self._mesh = mesh
-        self._homes = [GatingHome(mesh, replica) for replica in mesh.gating.replicas]
+        self._homes = Homes(mesh)
         limits = replace(limits, rows=min(limits.rows, mesh.step_rows))
-        self._scheduler = Scheduler(lambda: self._homes, limits, mesh.gating.unavailable)
-        mesh.on_change = self._scheduler.wake
+        self._scheduler = Scheduler(self._homes.all, limits, lambda: mesh.gating.unavailable())
+        self._degraded = Scheduler(
+            lambda: [home.degraded for home in self._homes.all()], limits, lambda: mesh.gating.unavailable()
+        )
+        mesh.on_change = self._wake
 
     async def tokens(self, wish: Wish, contract: Contract, route: Route) -> AsyncGenerator[Token, None]:
         """The tokens of one sequence as they come.
 
-        Where the mesh fails in the middle, the full model goes on from the tokens there are, which are the same bits.
+        Where the mesh fails in the middle, the full model goes on from the tokens there are, which are the same bits;
+        and where that fails, or is none, the mesh does without dead experts, if it may. Such sequences have steps of
+        their own, so that nobody else's lacks an expert.
 
         Raises:
             Unavailable: No route that the contract allows has every stage; names the stage or expert.
@@ -74,30 +78,27 @@ class RoutedTokens:
         """
         known: list[int] = []
         witnesses = Witnesses()
-        if route != ROUTE_FULL_MODEL:
+        ways = Ways(self._mesh, contract, route)
+        while True:
             try:
-                self._mesh.require_complete()
-                async with aclosing(self._scheduler.generate(wish)) as tokens:
+                async with aclosing(self._by(ways.now, wish, known)) as tokens:
                     async for token in tokens:
                         known.append(token.drawn.id)
                         witnesses.add(token.provenance)
+                        ways.served()
+                        if ways.have_turned:
+                            token = replace(token, provenance=witnesses.provenance(ROUTES[ways.now]))
                         yield token
                 return
-            except (Unavailable, CorruptReply) as error:
-                if contract == CONTRACT_MESH_ONLY or not self._mesh.has_full_model:
-                    raise
-                metrics.FALLBACKS.labels(error.stage if isinstance(error, Unavailable) else "corrupt").inc()
-                event("fallback", level=logging.WARNING, reason=str(error), tokens=len(known))
-        async with aclosing(self._by_full_model(wish, known, witnesses)) as more:
-            async for token in more:
-                yield token
+            except FAILURES as error:
+                ways.turn(error)
 
     async def inspect(self, request: InspectRequest, deadline: Deadline) -> InspectResponse:
         """Gives the trace of one sequence of ids by the route that is asked for, and by no other."""
         if request.route == ROUTE_FULL_MODEL:
             full_model = self._mesh.require_full_model()
             return await full_model.call("Inspect", request, deadline, lambda reply, _: reply)
-        home = next((home for home in self._homes if home.is_live), None)
+        home = next((home for home in self._homes.all() if home.is_live), None)
         if home is None:
             raise self._mesh.gating.unavailable()
         trace = Trace()
@@ -108,10 +109,27 @@ class RoutedTokens:
     def close(self) -> None:
         """Ends the steps, when the program ends."""
         self._scheduler.close()
+        self._degraded.close()
 
-    async def _by_full_model(self, wish: Wish, known: list[int], witnesses: Witnesses) -> AsyncGenerator[Token, None]:
+    def _wake(self) -> None:
+        self._scheduler.wake()
+        self._degraded.wake()
+
+    def _by(self, way: Way, wish: Wish, known: list[int]) -> AsyncGenerator[Token, None]:
+        """The tokens behind those that are known; whoever reads these appends them there."""
+        match way:
+            case Way.MESH:
+                self._mesh.require_complete()
+                return self._scheduler.generate(wish, tuple(known))
+            case Way.FULL_MODEL:
+                return self._by_full_model(wish, known)
+            case Way.DEGRADED:
+                self._mesh.require_stages()
+                return self._degraded.generate(wish, tuple(known))
+
+    async def _by_full_model(self, wish: Wish, known: list[int]) -> AsyncGenerator[Token, None]:
         full_model = self._mesh.require_full_model()
-        tries = sum(replica.attempts for replica in full_model.replicas)
+        tries = len(full_model.replicas)
 
         def read(reply: GenerateResponse) -> list[Token]:
             return self._read(reply, wish)
@@ -123,9 +141,7 @@ class RoutedTokens:
                 replies = full_model.stream("Generate", request, wish.deadline, read)
                 async with aclosing(replies) as messages:
                     async for token in messages:
-                        known.append(token.drawn.id)
-                        witnesses.add(token.provenance)
-                        yield replace(token, provenance=witnesses.provenance(ROUTE_FULL_MODEL))
+                        yield token
                         if token.finish != FINISH_REASON_UNSPECIFIED:
                             return
                 raise CorruptReply("full_model ended a stream before its last token")
@@ -207,7 +223,9 @@ class RoutedTokenizing:
     ) -> ReplyT:
         try:
             return await self._mesh.tokenizer.call(method, request, deadline, read)
-        except (Unavailable, CorruptReply):
-            if not self._mesh.has_full_model:
-                raise
-        return await self._mesh.require_full_model().call(method, request, deadline, read)
+        except FAILURES as error:
+            failed = told(error)
+        if self._mesh.has_full_model:
+            with suppress(*FAILURES):
+                return await self._mesh.require_full_model().call(method, request, deadline, read)
+        raise failed

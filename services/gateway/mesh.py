@@ -1,60 +1,42 @@
-"""The services of a mesh as the gateway sees them: one replica set a service, and who holds which expert."""
+"""The services of a mesh as the gateway sees them: one replica set a service, and whom to ask for which expert.
+
+They follow the mesh file while calls are made (`apply`). What is new is met before anything depends on it, and what
+left ends in peace.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Self
 
-import grpc.aio
-
 from expertmesh import wire
 from expertmesh.checkpoint import manifest as names
 from expertmesh.checkpoint.manifest import Manifest
-from expertmesh.errors import SetupError, Unavailable
-from expertmesh.mesh_file import MeshFile, Service, parse_experts
+from expertmesh.errors import CorruptReply, Unavailable
+from expertmesh.mesh_file import MeshFile
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.link.channel import LinkChannel
-from expertmesh.rpc.replica import ReplicaEvent, require_parts
+from expertmesh.rpc.replica import ReplicaEvent, State, require_parts
 from expertmesh.rpc.replicas import ReplicaSet
+from expertmesh.rpc.resolver import Names
 from expertmesh.telemetry import metrics
 from expertmesh.telemetry.logging import event
 from expertmesh.telemetry.tracing import Tracing
-from expertmesh.v1.classifier_pb2_grpc import ClassifierServiceStub
-from expertmesh.v1.embedding_pb2_grpc import EmbeddingServiceStub
-from expertmesh.v1.expert_pb2_grpc import ExpertServiceStub
-from expertmesh.v1.gating_pb2_grpc import GatingServiceStub
-from expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
-from expertmesh.v1.inspection_pb2_grpc import InspectionServiceStub
-from expertmesh.v1.tokenizer_pb2_grpc import TokenizerServiceStub
+
+from .placement import Pair, Placed, Placement
+from .stubs import STUBS
 
 ANSWER_CALLERS = ("tokenizer", "full_model")  # what they refuse is the caller's text; other requests are the mesh's own
 MESSAGE_MARGIN_BYTES = 64 * 2**10  # for what a message has beside its rows
 PLACE_BYTES = 64  # of where a row belongs in the KV cache
-
-
-class FullModelStub:
-    """The gRPC services of a full model behind one name."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        inference, tokenizer = InferenceServiceStub(channel), TokenizerServiceStub(channel)
-        self.Classify, self.Generate = inference.Classify, inference.Generate
-        self.Inspect = InspectionServiceStub(channel).Inspect
-        self.EncodePrompt, self.DecodeBatch = tokenizer.EncodePrompt, tokenizer.DecodeBatch
-
-
-_STUBS = {
-    "tokenizer": TokenizerServiceStub,
-    "embedding": EmbeddingServiceStub,
-    "gating": GatingServiceStub,
-    "expert": ExpertServiceStub,
-    "classifier": ClassifierServiceStub,
-    "full_model": FullModelStub,
-}
+ORDERLY = ("live", "retried", "draining", "left")  # events that nobody need worry about
+MEET_TIMEOUT_S = 5.0  # services that are new get so long to be met before what left is let go
 
 
 class Mesh:
@@ -69,6 +51,7 @@ class Mesh:
         shared_apart: "on" if shared experts run while the routed ones do, "off" if before them; "auto": apart where
             gating has a device of its own.
         wire_dtype: What rows travel to experts in and back, of `wire.ROW_DTYPES`; empty for the model's own dtype.
+        resolve_s: How often DNS names are looked up.
 
     Raises:
         SetupError: A stage, or an expert of the model, is in no service; or a single stage is in two.
@@ -83,6 +66,7 @@ class Mesh:
         settle_s: float,
         wire_dtype: str = "",
         shared_apart: str = "auto",
+        resolve_s: float = 2.0,
     ) -> None:
         self._shared_apart = shared_apart
         self.manifest = manifest
@@ -94,37 +78,66 @@ class Mesh:
         self.step_rows = max(1, self.message_bytes // gated_bytes)
         self._connect = partial(open_channel, max_message_bytes=max_message_bytes, tracing=tracing)
         self._link = partial(LinkChannel, tracing=tracing, max_message_bytes=max_message_bytes)
-        self.tokenizer = self._single(mesh_file, "tokenizer", manifest.tokenizer_parts())
-        self.embedding = self._single(mesh_file, "embedding", [names.embedding_part()])
-        self.gating = self._single(mesh_file, "gating", map(names.gating_part, range(manifest.spec.layers)))
-        self.classifier = self._single(mesh_file, "classifier", [names.classifier_part()])
-        self.full_model: ReplicaSet | None = None
-        if mesh_file.of_kind("full_model"):
-            self.full_model = self._single(mesh_file, "full_model", manifest.parts)
-        self.experts: list[ReplicaSet] = []
-        self._pair2services: dict[tuple[int, int], list[ReplicaSet]] = {}
-        for service in mesh_file.of_kind("expert"):
-            self._add_experts(service)
-        self._check_experts()
-        self.draining = False
+        self._names = partial(Names, every_s=resolve_s)
         self.on_change: Callable[[], None] = lambda: None  # whoever waits for replicas looks again
+        self.draining = False
         self._settled = False
         self._settle_s = settle_s
         self._settle_at_s = 0.0
+        self._leaves: set[asyncio.Task[None]] = set()
+        self._happened = asyncio.Event()
+        self._placement = Placement.of(mesh_file, manifest)
+        self._name2set = {name: self._replica_set(placed) for name, placed in self._placement.all.items()}
+        self._take_places()
 
     async def __aenter__(self) -> Self:
         """Starts to follow every replica."""
-        self._stack = AsyncExitStack()
         self._settle_at_s = time.monotonic() + self._settle_s
         for replicas in self.all():
-            await self._stack.enter_async_context(replicas)
+            await replicas.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Closes every channel."""
-        await self._stack.aclose()
+        for task in self._leaves:
+            task.cancel()
+        await asyncio.gather(*self._leaves, return_exceptions=True)
+        for replicas in self.all():
+            await replicas.__aexit__(None, None, None)
+
+    async def apply(self, mesh_file: MeshFile) -> None:
+        """Becomes the mesh that another file of the same model describes.
+
+        Services that are new, or hold something else than before, are met first; then calls go to them.
+
+        Raises:
+            SetupError: It does not describe a whole mesh; nothing has changed.
+        """
+        new, old = Placement.of(mesh_file, self.manifest), self._placement.all
+        kept = {name for name, placed in new.all.items() if name in old and placed.is_same(old[name])}
+        name2set = {name: self._name2set[name] for name in kept}
+        joining = {name: self._replica_set(placed) for name, placed in new.all.items() if name not in kept}
+        try:
+            for replicas in joining.values():
+                await replicas.__aenter__()
+            await self._meet(list(joining.values()))
+        except BaseException:
+            for replicas in joining.values():
+                await replicas.__aexit__(None, None, None)
+            raise
+        leaving = [replicas for name, replicas in self._name2set.items() if name not in kept]
+        self._placement, self._name2set = new, name2set | joining
+        self._take_places()
+        for name in kept:
+            self._name2set[name].set_addresses(new.all[name].service.replicas)
+        for replicas in leaving:
+            task = asyncio.create_task(self._let_go(replicas))
+            self._leaves.add(task)
+            task.add_done_callback(self._leaves.discard)
+        self._tell_live()
+        self.on_change()
 
     def all(self) -> list[ReplicaSet]:
         """Every service, in the order of a request."""
@@ -139,6 +152,9 @@ class Mesh:
         """
         services = self._pair2services[layer, expert]
         for service in services:
+            if service.has_live:
+                return service
+        for service in services:  # one that drains is better than none
             if service.live:
                 return service
         raise expert_unavailable(services[0].unavailable(), layer, expert)
@@ -149,11 +165,24 @@ class Mesh:
         Raises:
             Unavailable: Names the first that has none.
         """
+        self.require_stages()
+        for layer, expert in self._pair2services:
+            self.holder(layer, expert)
+
+    def require_stages(self) -> None:
+        """Checks that every stage has a live replica; experts do not count.
+
+        Raises:
+            Unavailable: Names the first that has none.
+        """
         for stage in (self.tokenizer, self.embedding, self.gating, self.classifier):
             if not stage.live:
                 raise stage.unavailable()
-        for layer, expert in self._pair2services:
-            self.holder(layer, expert)
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether the mesh route can serve those who can do without some experts."""
+        return all(stage.live for stage in (self.tokenizer, self.embedding, self.gating, self.classifier))
 
     @property
     def is_complete(self) -> bool:
@@ -171,7 +200,7 @@ class Mesh:
         After a start it waits until every replica was met, or `settle_s` have passed.
         """
         if not self._settled:
-            everyone_is_met = all(len(replicas.live) == len(replicas.replicas) for replicas in self.all())
+            everyone_is_met = all(replicas.are_met for replicas in self.all())
             self._settled = everyone_is_met or time.monotonic() > self._settle_at_s
         return not self.draining and self._settled and (self.is_complete or self.has_full_model)
 
@@ -206,39 +235,48 @@ class Mesh:
         """The digest that an expert's reply must carry."""
         return self.manifest.parts[names.expert_part(layer, expert)].digest
 
-    def _single(self, mesh_file: MeshFile, kind: str, parts: Iterable[str]) -> ReplicaSet:
-        services = mesh_file.of_kind(kind)
-        if len(services) != 1:
-            raise SetupError(f"the mesh file must have one service of kind {kind}, not {len(services)}")
-        return self._replica_set(services[0], parts)
+    def _take_places(self) -> None:
+        """Puts every replica set where the placement says."""
+        stages = {kind: self._name2set[placed.service.name] for kind, placed in self._placement.stages.items()}
+        self.tokenizer, self.embedding = stages["tokenizer"], stages["embedding"]
+        self.gating, self.classifier = stages["gating"], stages["classifier"]
+        self.full_model = stages.get("full_model")
+        self.experts = [self._name2set[placed.service.name] for placed in self._placement.experts]
+        self._pair2services: dict[Pair, list[ReplicaSet]] = {}
+        for placed, replicas in zip(self._placement.experts, self.experts, strict=True):
+            for pair in placed.pairs:
+                self._pair2services.setdefault(pair, []).append(replicas)
 
-    def _add_experts(self, service: Service) -> None:
-        spec = self.manifest.spec
-        pairs = parse_experts(service.experts, spec.sparse_layers, spec.router.experts)
-        replicas = self._replica_set(service, [names.expert_part(*pair) for pair in pairs])
-        self.experts.append(replicas)
-        for pair in pairs:
-            self._pair2services.setdefault(pair, []).append(replicas)
-
-    def _check_experts(self) -> None:
-        spec = self.manifest.spec
-        for layer in spec.sparse_layers:
-            for expert in range(spec.router.experts):
-                if (layer, expert) not in self._pair2services:
-                    raise SetupError(f"no service of the mesh file holds expert {expert} of layer {layer}")
-
-    def _replica_set(self, service: Service, parts: Iterable[str]) -> ReplicaSet:
-        digests = {name: self.manifest.parts[name].digest for name in parts}
+    def _replica_set(self, placed: Placed) -> ReplicaSet:
+        kind, digests = placed.service.kind, {name: self.manifest.parts[name].digest for name in placed.parts}
         return ReplicaSet(
-            service.name,
-            service.replicas,
+            placed.service.name,
+            placed.service.replicas,
             self._connect,
-            _STUBS[service.kind],
-            partial(require_parts, kind=service.kind, model_digest=self.manifest.digest, parts=digests),
+            STUBS[kind],
+            partial(require_parts, kind=kind, model_digest=self.manifest.digest, parts=digests),
             self._follow_event,
-            refusals_are_faults=service.kind not in ANSWER_CALLERS,
+            refusals_are_faults=kind not in ANSWER_CALLERS,
             open_link=self._link,
+            names=self._names,
         )
+
+    async def _meet(self, joining: Sequence[ReplicaSet]) -> None:
+        """Waits until all of some services have a live replica, or for as long as is sensible."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MEET_TIMEOUT_S):
+                while not all(replicas.has_live for replicas in joining):
+                    self._happened.clear()
+                    await self._happened.wait()
+
+    async def _let_go(self, replicas: ReplicaSet) -> None:
+        """Ends a service that has left the mesh, and what was counted of it."""
+        try:
+            await replicas.leave()
+        finally:
+            await replicas.__aexit__(None, None, None)
+            if replicas.name not in self._name2set:
+                metrics.forget_service(replicas.name)
 
     def drain(self) -> None:
         """Takes nothing on any more."""
@@ -246,10 +284,11 @@ class Mesh:
         self.on_change()
 
     def _follow_event(self, happened: ReplicaEvent) -> None:
-        metrics.REPLICA_EVENTS.labels(happened.service, happened.what).inc()
-        for replicas in self.all():
-            metrics.REPLICAS_LIVE.labels(replicas.name).set(len(replicas.live))
-        level = logging.INFO if happened.what in ("live", "retried") else logging.WARNING
+        if happened.service in self._name2set:
+            metrics.REPLICA_EVENTS.labels(happened.service, happened.what).inc()
+        self._tell_live()
+        self._happened.set()
+        level = logging.INFO if happened.what in ORDERLY else logging.WARNING
         event(
             f"replica_{happened.what}",
             level=level,
@@ -259,7 +298,11 @@ class Mesh:
         )
         self.on_change()
 
+    def _tell_live(self) -> None:
+        for replicas in self.all():
+            metrics.REPLICAS_LIVE.labels(replicas.name).set(sum(one.state is State.LIVE for one in replicas.replicas))
 
-def expert_unavailable(error: Unavailable, layer: int, expert: int) -> Unavailable:
-    """An expert service's unavailability, named by layer and expert."""
+
+def expert_unavailable(error: Unavailable | CorruptReply, layer: int, expert: int) -> Unavailable:
+    """An expert service's unavailability, or its wrong reply, named by layer and expert."""
     return Unavailable(f"expert {expert} of layer {layer}: {error}", error.stage, layer, expert)

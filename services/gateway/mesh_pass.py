@@ -19,6 +19,7 @@ from expertmesh.tokenization.tokenizer import Encoded
 from expertmesh.v1.inference_pb2 import ROUTE_MESH
 from expertmesh.v1.tokenizer_pb2 import EncodeRequest, EncodeResponse
 
+from .expert_calls import Absence
 from .mesh import Mesh
 from .stage_calls import StageCalls
 
@@ -30,15 +31,19 @@ class MeshPass:
         mesh: The services.
         deadline: Of the whole pass.
         observe: Is shown every stage call and its result.
+        absence: What is done about experts that cannot be had.
     """
 
-    def __init__(self, mesh: Mesh, deadline: Deadline, observe: Observer | None = None) -> None:
+    def __init__(
+        self, mesh: Mesh, deadline: Deadline, observe: Observer | None = None, absence: Absence = Absence.FAILS
+    ) -> None:
         self._mesh = mesh
         self._spec = mesh.manifest.spec
         self._deadline = deadline
         self._observe = observe
         apart = mesh.shared_apart and observe is None  # whoever compares traces sees one residual stream
-        self._calls = StageCalls(mesh, deadline, shared_apart=apart)
+        self._calls = StageCalls(mesh, deadline, shared_apart=apart, absence=absence)
+        self._require = mesh.require_complete if absence is Absence.FAILS else mesh.require_stages
 
     async def run(self, texts: Sequence[str]) -> Sequence[Answer | MeshError]:
         """Answers texts, each by a classification or by the error of that one text.
@@ -47,7 +52,7 @@ class MeshPass:
             Unavailable: A stage or an expert has no live replica left; names it.
             MeshError: The pass failed as a whole.
         """
-        self._mesh.require_complete()
+        self._require()
         with self._calls.stopwatch.time("tokenizer"):
             encoded = await self._encode(texts)
         lengths_B = kept(encoded)

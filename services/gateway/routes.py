@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
 
-from expertmesh.errors import CorruptReply, MeshError, Unavailable
+from expertmesh.errors import CorruptReply, MeshError, NotFinite
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
 from expertmesh.serving.batcher import Batcher, Limits
 from expertmesh.serving.inspection import Trace
 from expertmesh.serving.passes import Answer, are_exact
-from expertmesh.telemetry import metrics
-from expertmesh.telemetry.logging import event
 from expertmesh.v1.inference_pb2 import (
-    CONTRACT_MESH_ONLY,
     ROUTE_FULL_MODEL,
     Classification,
     ClassifyRequest,
@@ -26,8 +22,10 @@ from expertmesh.v1.inference_pb2 import (
 )
 from expertmesh.v1.inspection_pb2 import InspectRequest, InspectResponse
 
+from .expert_calls import Absence
 from .mesh import Mesh
 from .mesh_pass import MeshPass
+from .ways import FAILURES, Way, Ways, refuse, told
 
 
 class RoutedClassifier:
@@ -41,29 +39,34 @@ class RoutedClassifier:
     def __init__(self, mesh: Mesh, limits: Limits) -> None:
         self._mesh = mesh
         self._batcher: Batcher[str, Answer] = Batcher(self._run_pass, limits, len)
+        self._degraded: Batcher[str, Answer] = Batcher(self._run_degraded, limits, len)
 
     async def classify(
         self, texts: Sequence[str], contract: Contract, route: Route, deadline: Deadline
     ) -> list[Answer]:
         """Answers texts, in their order.
 
-        `CONTRACT_DEGRADED_OK` is served as `CONTRACT_EXACT`: an answer that is exact satisfies it.
+        Texts that may be answered without dead experts have passes of their own, which are entered only where every
+        exact way failed; so nobody else's pass lacks an expert.
 
         Raises:
             Unavailable: No route that the contract allows has every stage; names the stage or expert.
             MeshError: A text, or the way it went, failed.
         """
-        if route == ROUTE_FULL_MODEL:
-            return await self._by_full_model(texts, deadline)
-        try:
-            return await self._batcher.submit(texts, deadline)
-        except (Unavailable, CorruptReply) as error:
-            if contract == CONTRACT_MESH_ONLY or not self._mesh.has_full_model:
-                raise
-            stage = error.stage if isinstance(error, Unavailable) else "corrupt"
-            metrics.FALLBACKS.labels(stage).inc()
-            event("fallback", level=logging.WARNING, reason=str(error), texts=len(texts))
-            return await self._by_full_model(texts, deadline)
+        ways = Ways(self._mesh, contract, route)
+        while True:
+            try:
+                match ways.now:
+                    case Way.MESH:
+                        return await self._batcher.submit(texts, deadline)
+                    case Way.FULL_MODEL:
+                        answers = await self._by_full_model(texts, deadline)
+                        ways.served()
+                        return answers
+                    case Way.DEGRADED:
+                        return await self._degraded.submit(texts, deadline)
+            except FAILURES as error:
+                ways.turn(error)
 
     async def inspect(self, request: InspectRequest, deadline: Deadline) -> InspectResponse:
         """Gives the trace of one text by the route that is asked for, and by no other."""
@@ -76,7 +79,51 @@ class RoutedClassifier:
         return trace.response
 
     async def _run_pass(self, texts: list[str], deadline: Deadline) -> Sequence[Answer | MeshError]:
-        return await MeshPass(self._mesh, deadline).run(texts)
+        return await self._finite(texts, deadline, degrades=False)
+
+    async def _run_degraded(self, texts: list[str], deadline: Deadline) -> Sequence[Answer | MeshError]:
+        return await self._finite(texts, deadline, degrades=True)
+
+    async def _finite(self, texts: list[str], deadline: Deadline, degrades: bool) -> Sequence[Answer | MeshError]:
+        """One pass; where it gives nothing finite, whoever is at fault for that is found: a replica, or a text."""
+        try:
+            return await self._through_mesh(texts, deadline, degrades)
+        except NotFinite as error:
+            if len(texts) > 1 and not error.is_agreed:
+                await self._judge(texts, error, deadline)
+            return await self._divided(texts, error, deadline, degrades)
+
+    async def _through_mesh(self, texts: list[str], deadline: Deadline, degrades: bool) -> Sequence[Answer | MeshError]:
+        return await MeshPass(self._mesh, deadline, absence=Absence.of(degrades, len(texts))).run(texts)
+
+    async def _judge(self, texts: Sequence[str], error: NotFinite, deadline: Deadline) -> None:
+        """Asks the full model, which gives the same bits, about texts of which nothing finite came.
+
+        Raises:
+            Unavailable: What it gives is finite, so the mesh was wrong; whoever computed that is refused.
+        """
+        if not self._mesh.has_full_model:
+            return
+        try:
+            await self._by_full_model(texts, deadline)
+        except MeshError:
+            return
+        refuse(error)
+        raise told(error)
+
+    async def _divided(
+        self, texts: list[str], error: NotFinite, deadline: Deadline, degrades: bool
+    ) -> list[Answer | MeshError]:
+        """Finds the texts of which nothing finite comes, so that nobody else has to suffer for them."""
+        if len(texts) == 1:
+            return [error]
+        answers: list[Answer | MeshError] = []
+        for half in (texts[: len(texts) // 2], texts[len(texts) // 2 :]):
+            try:
+                answers += await self._through_mesh(half, deadline, degrades)
+            except NotFinite as still:
+                answers += await self._divided(half, still, deadline, degrades)
+        return answers
 
     def _check(self, result: Classification) -> None:
         labels = self._mesh.manifest.spec.head.labels

@@ -1,33 +1,30 @@
-"""Stage calls of the layer loop, answered by RPC: one call to a stage, or one to each expert service that has rows."""
+"""Stage calls of the layer loop, answered by RPC; those of experts by `expert_calls`."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from expertmesh import wire
 from expertmesh.dispatch import Applied, ApplyExperts, Embed, Gate, Gated, Score, Scores, StageCall
-from expertmesh.errors import CorruptReply, Unavailable
+from expertmesh.errors import CorruptReply
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replica import Replica
-from expertmesh.rpc.replicas import ReplicaSet
 from expertmesh.serving.passes import Stopwatch, are_exact
 from expertmesh.v1.classifier_pb2 import Draw, SampleRequest, SampleResponse, ScoreRequest, ScoreResponse
 from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
-from expertmesh.v1.expert_pb2 import ApplyRequest, ApplyResponse
 from expertmesh.v1.gating_pb2 import GateRequest, GateResponse, Place, ShareRequest, ShareResponse
 from expertmesh.v1.sampling_pb2 import TokenLogprob, TokenLogprobs
 
-from .mesh import Mesh, expert_unavailable
+from .expert_calls import Absence, ExpertCalls, Rows, all_of
+from .mesh import Mesh
 
 MOST_LOGPROB = 1e-3  # rounding may lift a certain token a little above 0
-Rows = npt.NDArray[Any]
 
 
 class StageCalls:
@@ -39,6 +36,7 @@ class StageCalls:
         places: Where the rows of each sequence belong in the KV cache, for a model that has one.
         home: The gating replica that has them.
         shared_apart: Whether shared experts run while the routed ones do, where there are some.
+        absence: What is done about experts that cannot be had.
 
     Attributes:
         stopwatch: Where the time went.
@@ -52,6 +50,7 @@ class StageCalls:
         places: Sequence[Place] = (),
         home: Replica | None = None,
         shared_apart: bool = False,
+        absence: Absence = Absence.FAILS,
     ) -> None:
         self._shared_apart = shared_apart and mesh.manifest.spec.dense.shared_width > 0
         self._mesh = mesh
@@ -61,6 +60,7 @@ class StageCalls:
         self._home = home
         self.stopwatch = Stopwatch()
         self.profiles: set[str] = set()
+        self._experts = ExpertCalls(mesh, deadline, self._note, absence)
 
     @property
     def is_exact(self) -> bool:
@@ -173,14 +173,16 @@ class StageCalls:
         return await self._mesh.classifier.call("Score", request, self._deadline, read)
 
     async def _apply(self, call: ApplyExperts) -> Applied:
-        out_ND: Rows = np.empty(call.rows_ND.shape, np.float32)
-        rows_ND = wire.narrow(call.rows_ND, self._mesh.wire_dtype) if self._mesh.narrows else call.rows_ND
-        work = [self._apply_all(call.layer, call.slices(), rows_ND, out_ND)]
+        if call.shared_input_TD is None:
+            return await self._experts.apply(call)
         shared: list[Rows] = []
-        if call.shared_input_TD is not None:
-            work.append(self._share(call.layer, call.shared_input_TD, shared))
-        await all_of(work)
-        return Applied(out_ND, shared[0] if shared else None)
+        applied: list[Applied] = []
+
+        async def routed() -> None:
+            applied.append(await self._experts.apply(call))
+
+        await all_of([routed(), self._share(call.layer, call.shared_input_TD, shared)])
+        return replace(applied[0], shared_TD=shared[0])
 
     async def _share(self, layer: int, rows_TD: Rows, out: list[Rows]) -> None:
         def read(reply: ShareResponse, origin: Origin) -> Rows:
@@ -190,68 +192,8 @@ class StageCalls:
         request = ShareRequest(layer=layer, rows=wire.encode(rows_TD))
         out.append(await self._mesh.gating.call("Share", request, self._deadline, read))
 
-    async def _apply_all(self, layer: int, work: Sequence[tuple[int, slice]], rows_ND: Rows, out_ND: Rows) -> None:
-        """One message to each expert service that has rows, all at once; more where one would be too large."""
-        service2work: dict[ReplicaSet, list[tuple[int, slice]]] = {}
-        for expert, rows in work:
-            service2work.setdefault(self._mesh.holder(layer, expert), []).append((expert, rows))
-        await all_of(
-            [
-                self._apply_at(service, layer, message, rows_ND, out_ND)
-                for service, held in service2work.items()
-                for message in messages(held, self._mesh.message_rows)
-            ]
-        )
-
-    async def _apply_at(
-        self, service: ReplicaSet, layer: int, work: list[tuple[int, slice]], rows_ND: Rows, out_ND: Rows
-    ) -> None:
-        experts = [expert for expert, _ in work]
-        sent_ND = rows_ND[work[0][1]] if len(work) == 1 else np.concatenate([rows_ND[rows] for _, rows in work])
-        digests = [self._mesh.expert_digest(layer, expert) for expert in experts]
-
-        def read(reply: ApplyResponse, origin: Origin) -> Rows:
-            if reply.layer != layer or list(reply.experts) != experts or list(reply.digests) != digests:
-                raise CorruptReply("it is of another layer, expert or weight than was asked for")
-            self._note(origin)
-            return wire.widen(wire.decode_rows(reply.rows, sent_ND.shape, "rows"))
-
-        request = ApplyRequest(
-            layer=layer,
-            experts=experts,
-            counts=[rows.stop - rows.start for _, rows in work],
-            rows=wire.encode(sent_ND),
-        )
-        try:
-            given_ND = await service.call("Apply", request, self._deadline, read)
-        except Unavailable as error:
-            if service.live:
-                raise expert_unavailable(error, layer, experts[0]) from None
-            await self._apply_all(layer, work, rows_ND, out_ND)  # by others that hold these experts, if there are any
-            return
-        start = 0
-        for _, rows in work:
-            stop = start + rows.stop - rows.start
-            out_ND[rows] = given_ND[start:stop]
-            start = stop
-
     def _note(self, origin: Origin) -> None:
         self.profiles.add(origin.profile)
-
-
-async def all_of(work: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Does several things at once; if one fails, the others are cancelled and over when that is told."""
-    if len(work) == 1:
-        await work[0]
-        return
-    tasks = [asyncio.create_task(one) for one in work]
-    try:
-        await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def check_token(token: TokenLogprobs, logprobs: int, vocab: int) -> None:
@@ -283,28 +225,3 @@ def cut(sizes: Sequence[int], most: int) -> list[slice]:
             starts.append(index)
             total = size
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(sizes)], strict=True)]
-
-
-def messages(work: Sequence[tuple[int, slice]], most_rows: int) -> list[list[tuple[int, slice]]]:
-    """Cuts the rows of one service into messages.
-
-    Args:
-        work: (expert, rows) of each expert, ascending.
-        most_rows: Most rows in a message.
-
-    Returns:
-        For each message (expert, rows), every expert at most once.
-    """
-    cut: list[list[tuple[int, slice]]] = [[]]
-    room = most_rows
-    for expert, rows in work:
-        start = rows.start
-        while start < rows.stop:
-            if not room:
-                cut.append([])
-                room = most_rows
-            stop = min(rows.stop, start + room)
-            cut[-1].append((expert, slice(start, stop)))
-            room -= stop - start
-            start = stop
-    return cut

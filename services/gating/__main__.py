@@ -31,7 +31,12 @@ def load(settings: GatingSettings, tracing: Tracing) -> Program:
     leases = make_leases(stage, settings.kv_tokens, settings.lease_s) if stage.spec.generates else None
     servicer = GatingServicer(stage, leases)
     registration = Servicer("expertmesh.v1.GatingService", add_GatingServiceServicer_to_server, servicer)
-    return Program([registration], stage.description(), reaping(leases))
+    return Program(
+        [registration],
+        stage.description(),
+        reaping(leases),
+        is_idle=lambda: leases is None or leases.is_empty,
+    )
 
 
 def main(arguments: list[str]) -> int:

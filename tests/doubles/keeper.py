@@ -56,6 +56,7 @@ class Keeper:
 
     def __init__(self, room: int = 100) -> None:
         self.is_live = True
+        self.is_leaving = False  # it does not take sequences, and goes on with those it has
         self.room = room
         self.cached: dict[bytes, tuple[int, list[int]]] = {}
         self.steps: list[list[Work]] = []
@@ -83,7 +84,7 @@ class Keeper:
         for generation in generations:
             self.cached.pop(generation.id, None)
 
-    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Provenance]:
+    async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
         self.steps.append(list(work))
         others = {piece.generation for step in self.at_work for piece in step}
         assert others.isdisjoint(piece.generation for piece in work), "a sequence is in two steps"
@@ -100,7 +101,7 @@ class Keeper:
             raise self.fails.pop(0)
         if any(POISON in piece.ids for piece in work):
             raise NotFinite("rows holds values that are not finite")
-        if not self.is_live:
+        if not self.is_live and not self.is_leaving:
             raise HomeLost("gone")
         drawn = []
         for piece in work:
@@ -110,7 +111,7 @@ class Keeper:
             ids += piece.ids
             if piece.draws:
                 drawn.append(TokenLogprobs(id=follower(ids)))
-        return drawn, MESH
+        return drawn, [MESH] * len(work)
 
     def pause(self) -> None:
         self.turns = asyncio.Semaphore(0)

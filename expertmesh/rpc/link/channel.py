@@ -46,6 +46,8 @@ class LinkChannel:
     Attributes:
         origin: What process is at the other end.
         ended: Set while there is no connection.
+        is_draining: Whether the process has said that it is about to stop.
+        on_drain: Is told when it says so.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class LinkChannel:
         self._stream: asyncio.Task[None] | None = None
         self._introduced: asyncio.Future[None] | None = None
         self.origin = Origin("", "")
+        self.is_draining = False
+        self.on_drain: Callable[[], None] = lambda: None
         self.ended = asyncio.Event()
         self.ended.set()
 
@@ -85,9 +89,12 @@ class LinkChannel:
             async with asyncio.timeout(timeout_s):
                 await (self._open_socket if self._address.startswith("unix:") else self._open_stream)(on_end)
                 await self._introduced
-        except (TimeoutError, OSError, MeshError):
+        except (TimeoutError, OSError, MeshError) as error:
             await self.close()
-            raise Unavailable(f"{self._service} offers links and takes none", self._service) from None
+            why = str(error) or type(error).__name__
+            raise Unavailable(f"{self._service} offers links and takes none: {why}", self._service) from None
+        if self._connection is None:  # it ended while its first word was read
+            raise Unavailable(f"{self._service} does not answer", self._service)
         self.ended.clear()
 
     async def close(self) -> None:
@@ -191,13 +198,20 @@ class LinkChannel:
             reply.set_result(None)
 
     def _meet(self, message: bytes | memoryview) -> None:
-        if self._introduced is None or self._introduced.done():
+        if self._introduced is None:
             return
         try:
-            self.origin = Origin.of_description(DescribeResponse.FromString(bytes(message)))
-            self._introduced.set_result(None)
+            description = DescribeResponse.FromString(bytes(message))
         except DecodeError:
-            self._introduced.set_exception(Unavailable("it cannot be understood", self._service))
+            if not self._introduced.done():
+                self._introduced.set_exception(Unavailable("it cannot be understood", self._service))
+            return
+        self.is_draining = description.draining
+        if not self._introduced.done():
+            self.origin = Origin.of_description(description)
+            self._introduced.set_result(None)
+        elif self.is_draining:
+            self.on_drain()
 
     def _end(self, opened: int) -> None:
         if opened != self._opened:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import copy_context
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -16,11 +16,11 @@ from google.protobuf.message import DecodeError
 
 from expertmesh.errors import InvalidInput, Overloaded
 from expertmesh.rpc import request_id
-from expertmesh.rpc.errors import DETAILS_KEY
-from expertmesh.rpc.guard import Aborted, Failure, Guard
+from expertmesh.rpc.guard import Failure, Guard
 from expertmesh.rpc.interceptor import parsed
 from expertmesh.rpc.link import socket
 from expertmesh.rpc.link.channel import FRAME_BYTES
+from expertmesh.rpc.link.context import LinkContext
 from expertmesh.rpc.link.frames import Connection
 from expertmesh.rpc.link.stream import StreamConnection
 from expertmesh.rpc.settings import LINK_SUFFIX
@@ -30,25 +30,10 @@ from expertmesh.v1.description_pb2 import DescribeResponse
 from expertmesh.v1.link_pb2 import LinkRequest, LinkResponse
 
 MOST_CALLS = 1024  # under way on one link
+QUIET_S = 0.3  # callers that send nothing for so long have let go
+LOOK_EVERY_S = 0.02
 Finish = Callable[["asyncio.Future[Any]"], "bytes | Failure"]
 Start = Callable[[LinkRequest, Any], "tuple[asyncio.Future[Any], Finish]"]
-
-
-class LinkContext:
-    """What a method may ask of a call that came over a link."""
-
-    def __init__(self, timeout_us: int) -> None:
-        self._ends_s = time.monotonic() + timeout_us / 1e6
-
-    def time_remaining(self) -> float:
-        """Seconds that the caller still waits."""
-        return max(0.0, self._ends_s - time.monotonic())
-
-    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
-        """Ends the call with a status; of the metadata only the status' details travel."""
-        raise Aborted(
-            Failure(code, details, next((value for key, value in trailing_metadata if key == DETAILS_KEY), b""))
-        )
 
 
 class LinkServicer:
@@ -99,6 +84,30 @@ class LinkServicer:
         async with socket.listening(listen.removeprefix("unix:") + LINK_SUFFIX, self._accept):
             yield
 
+    def announce(self) -> None:
+        """Tells whoever has a link that this process drains; calls are still served."""
+        self.description.draining = True
+        for calls in self._links:
+            calls.introduce(self.description)
+
+    async def let_go(self, is_idle: Callable[[], bool], timeout_s: float) -> None:
+        """Waits until callers have let go: no link is left, or none has had a call for a while.
+
+        Args:
+            is_idle: Whether nothing is kept here for later calls.
+            timeout_s: The longest that is waited.
+        """
+        quiet_since_s = time.monotonic()
+        give_up_s = quiet_since_s + timeout_s
+        taken = -1
+        while self._links and time.monotonic() < give_up_s:
+            now_taken = sum(calls.taken for calls in self._links)
+            if now_taken != taken or any(calls.is_busy for calls in self._links) or not is_idle():
+                taken, quiet_since_s = now_taken, time.monotonic()
+            if time.monotonic() - quiet_since_s >= QUIET_S:
+                return
+            await asyncio.sleep(LOOK_EVERY_S)
+
     def drain(self) -> None:
         """Takes no more calls; links end when what is under way on them is done."""
         self._draining = True
@@ -144,9 +153,10 @@ class LinkServicer:
     def _begin(self, calls: _Calls, connection: Connection) -> None:
         self._links.add(calls)
         calls.connection = connection
-        connection.send(LinkResponse(), self.description.SerializeToString())
         if self._draining:
             calls.settle()
+        else:
+            calls.introduce(self.description)
 
     def _forget(self, calls: _Calls) -> None:
         self._links.discard(calls)
@@ -191,7 +201,7 @@ class LinkServicer:
 
 
 class _Calls:
-    """The calls of one link.
+    """The calls of one link; `taken` counts them.
 
     Args:
         path2handler: The methods there are.
@@ -203,6 +213,17 @@ class _Calls:
         self._under_way: dict[int, asyncio.Future[Any]] = {}
         self._settling = False
         self.connection: Connection | None = None
+        self.taken = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether calls are under way."""
+        return bool(self._under_way)
+
+    def introduce(self, description: DescribeResponse) -> None:
+        """Says who is here; again, when that has changed."""
+        if self.connection is not None:
+            self.connection.send(LinkResponse(), description.SerializeToString())
 
     def take(self, request: LinkRequest, message: bytes | memoryview) -> None:
         """Starts a call, or cancels one."""
@@ -225,6 +246,7 @@ class _Calls:
             under_way, finish = context.run(self._start, request, read)
             self._under_way[request.call] = under_way
             under_way.add_done_callback(partial(self._served, request.call, finish), context=context)
+            self.taken += 1
 
     def settle(self) -> None:
         """Ends the link as soon as no call is under way."""

@@ -156,9 +156,11 @@ async def listening(path: str, accept: Callable[[], SocketConnection]) -> AsyncI
     """Takes connections at a path while the context is open; only this user may connect."""
     server = await asyncio.get_running_loop().create_unix_server(accept, path)
     os.chmod(path, 0o600)
+    own = os.stat(path).st_ino
     try:
         yield
     finally:
-        server.close()
         with suppress(FileNotFoundError):
-            os.unlink(path)
+            if os.stat(path).st_ino == own:  # a successor may have taken the path over meanwhile
+                os.unlink(path)
+        server.close()

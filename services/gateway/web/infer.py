@@ -92,6 +92,7 @@ def _reply(response: ClassifyResponse) -> dict[str, Any]:
         "profile": result.profile,
         "tokens": result.tokens,
         "truncated": result.truncated,
+        "missing_experts": [{"layer": one.layer, "expert": one.expert} for one in result.missing_experts],
         "request_id": response.request_id,
         "timings_s": {timing.stage: round(timing.seconds, 6) for timing in response.timings},
     }

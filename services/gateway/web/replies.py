@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from expertmesh.errors import CorruptReply, InvalidInput
@@ -27,14 +27,18 @@ class _Origin:
     route: Route = ROUTE_UNSPECIFIED
     exact: bool = True
     profile: str = ""
+    missing: set[tuple[int, int]] = field(default_factory=set)
 
     def add(self, part: Completion | GenerateResponse) -> None:
         self.route = max(self.route, part.route)  # in the order mesh, full model, degraded
         self.exact &= part.exact
         self.profile = part.profile
+        self.missing.update((one.layer, one.expert) for one in part.missing_experts)
 
     def told(self, seed: int) -> dict[str, Any]:
-        return {"route": route_name(self.route), "exact": self.exact, "profile": self.profile, "seed": seed}
+        how = {"route": route_name(self.route), "exact": self.exact, "profile": self.profile, "seed": seed}
+        missing = [{"layer": layer, "expert": expert} for layer, expert in sorted(self.missing)]
+        return how | {"missing_experts": missing} if missing else how
 
 
 class Replies:

@@ -1,0 +1,134 @@
+"""Who belongs to a service just now: replicas that come and go while calls are made.
+
+A replica that joins is met before it gets traffic. One that leaves gets none as soon as another is live, ends in peace
+what is under way there, and is then let go of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Self
+
+from expertmesh.rpc.replica import Replica, State
+from expertmesh.rpc.resolver import Names
+
+LEAVE_TIMEOUT_S = 30.0  # what is under way at a replica that leaves gets so long
+LOOK_EVERY_S = 0.05
+
+
+class Members:
+    """The replicas of one service. Use as an async context manager.
+
+    Args:
+        make: Makes a replica of an address.
+        addresses: Those that belong to it at first; names among them are looked up while it is open.
+        names: Makes what looks names up, given what to tell of addresses.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[str], Replica],
+        addresses: Iterable[str],
+        names: Callable[[Callable[[list[str]], None]], Names] = Names,
+    ) -> None:
+        self._make = make
+        self._is_open = False
+        self._address2member: dict[str, Replica] = {}
+        self._follows: dict[Replica, asyncio.Task[None]] = {}
+        self._leaves: dict[Replica, asyncio.Task[None]] = {}
+        self.replicas: list[Replica] = []
+        self._names = names(self._set_replicas)
+        self._names.list(addresses)
+
+    async def __aenter__(self) -> Self:
+        """Starts to follow every replica."""
+        self._is_open = True
+        for replica in self.replicas:
+            self._follow(replica)
+        self._looks_up = asyncio.create_task(self._names.follow())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Ends that and closes the channels."""
+        self._is_open = False
+        tasks = [self._looks_up, *self._leaves.values(), *self._follows.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for replica in self.replicas:
+            await replica.close()
+
+    @property
+    def live(self) -> list[Replica]:
+        """The replicas that may get traffic: those that drain only where there are no others."""
+        return [one for one in self.replicas if one.state is State.LIVE] or [
+            one for one in self.replicas if one.state is State.DRAINING
+        ]
+
+    @property
+    def are_met(self) -> bool:
+        """Whether every address has a live replica, which of a name's may be any."""
+        live = {one.address for one in self.replicas if one.state is State.LIVE}
+        return all(live.intersection(group) for group in self._names.groups)
+
+    def set_addresses(self, addresses: Iterable[str]) -> None:
+        """Lets replicas join and leave, so that exactly these addresses belong to it."""
+        self._names.list(addresses)
+
+    def look_up(self) -> None:
+        """Has names looked up at once."""
+        self._names.wake()
+
+    def _set_replicas(self, addresses: Iterable[str]) -> None:
+        wanted = dict.fromkeys(addresses)
+        for address in [address for address in self._address2member if address not in wanted]:
+            self._dismiss(self._address2member.pop(address))
+        for address in wanted:
+            if address not in self._address2member:
+                self._address2member[address] = self._join(address)
+
+    async def leave(self) -> None:
+        """Lets all of them leave, and waits until they are gone."""
+        self.set_addresses(())
+        await asyncio.gather(*self._leaves.values(), return_exceptions=True)
+
+    def _join(self, address: str) -> Replica:
+        back = next((one for one in self._leaves if one.address == address), None)
+        if back is not None:
+            self._leaves.pop(back).cancel()
+            back.list(True)
+            return back
+        replica = self._make(address)
+        self.replicas = [*self.replicas, replica]
+        if self._is_open:
+            self._follow(replica)
+        return replica
+
+    def _follow(self, replica: Replica) -> None:
+        self._follows[replica] = asyncio.create_task(replica.follow())
+
+    def _dismiss(self, replica: Replica) -> None:
+        replica.list(False)
+        self._leaves[replica] = asyncio.create_task(self._let_go(replica))
+
+    async def _let_go(self, replica: Replica) -> None:
+        """Waits until nobody needs a replica that leaves, and forgets it."""
+        left_s = LEAVE_TIMEOUT_S
+        while replica.answers and left_s > 0:
+            if not self._address2member or any(one.state is State.LIVE for one in self.replicas):
+                if not replica.is_needed:
+                    break
+                left_s -= LOOK_EVERY_S
+            await asyncio.sleep(LOOK_EVERY_S)  # as long as nobody is live in its place it is better than none
+        del self._leaves[replica]  # from here on it does not come back
+        self.replicas = [one for one in self.replicas if one is not replica]
+        follow = self._follows.pop(replica, None)
+        if follow is not None:
+            follow.cancel()
+            await asyncio.gather(follow, return_exceptions=True)
+        await replica.close()
+        replica.tell("left")
