@@ -296,6 +296,37 @@ async def test_a_stream_goes_back_to_the_mesh_where_the_full_model_ends_under_it
         assert pb.ROUTE_FULL_MODEL in {message.route for message in messages}
 
 
+async def test_a_stream_that_is_too_long_to_be_computed_anew_goes_to_the_full_model_if_it_may() -> None:
+    async def lose(reply: Any, context: Any) -> Any:
+        raise Unavailable("gone", "gating")
+
+    losing: list[Tampering] = []
+
+    def wrap(honest: Any) -> Tampering:
+        losing.append(Tampering(honest, "Gate", lose))
+        losing[0].times = 0
+        return losing[0]
+
+    wraps = {"expert": Slow, "gating": wrap}
+    request = asked(40, 24)
+    async with small_mesh(wraps=wraps, rebuild_tokens=40) as mesh, asyncio.timeout(PATIENCE_S):
+        whole = answers_of(await mesh.client.complete(request))
+        for contract in (pb.CONTRACT_EXACT, pb.CONTRACT_MESH_ONLY):
+            stream = mesh.client.generate(under(contract, request))
+            messages = [await anext(stream) for _ in range(3)]
+            losing[0].times = 1
+            if contract == pb.CONTRACT_MESH_ONLY:
+                with pytest.raises(Unavailable, match="computed anew; that is done for at most 40"):
+                    _ = [message async for message in stream]
+                continue
+            messages += [message async for message in stream]
+            assert [answer_of(messages)] == whole
+            assert {message.route for message in messages} == {pb.ROUTE_MESH, pb.ROUTE_FULL_MODEL}
+            async with asyncio.timeout(5):
+                while (await mesh.client.complete(asked(3, 1))).choices[0].route != pb.ROUTE_MESH:
+                    await asyncio.sleep(0.01)
+
+
 # Numbers that are not finite.
 
 

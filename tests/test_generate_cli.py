@@ -107,6 +107,15 @@ async def test_json_has_one_object_for_each_choice() -> None:
     ]
 
 
+async def test_experts_that_were_missing_are_told() -> None:
+    missing = [pb.ExpertId(layer=1, expert=3)]
+    last = said("b", ids=[2], finish=STOP, route=pb.ROUTE_DEGRADED, exact=False, missing_experts=missing)
+    told = await generate(Scripted(said("a", ids=[1]), last), "--json", "--contract", "degraded-ok", "Say")
+    assert json.loads(told[1])["missing_experts"] == [{"layer": 1, "expert": 3}]
+    _, _, stderr = await generate(Scripted(said("a", ids=[1]), last), "--contract", "degraded-ok", "Say")
+    assert "degraded, not exact, without expert 3 of layer 1, seed 7" in stderr
+
+
 async def test_text_is_shown_as_it_comes() -> None:
     gate = asyncio.Event()
     async with started(Scripted(said("Hel", ids=[1]), gate, said("lo", finish=STOP)), "Say") as process:

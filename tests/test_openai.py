@@ -169,6 +169,25 @@ async def test_two_choices_keep_their_numbers() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+async def test_experts_that_were_missing_are_told(stream: bool) -> None:
+    missing = [pb.ExpertId(layer=1, expert=3), pb.ExpertId(layer=0, expert=3)]
+    double = Scripted(
+        said("a", ids=[1]),
+        said("b", ids=[2], finish=LENGTH, route=pb.ROUTE_DEGRADED, exact=False, missing_experts=missing),
+    )
+    async with http_client(double) as http:
+        reply = await http.post("/v1/completions", json={"prompt": "Say", "stream": stream, "contract": "degraded-ok"})
+        told = (
+            [one["expertmesh"] for one in await events(reply) if "expertmesh" in one]
+            if stream
+            else [reply.json()["expertmesh"]]
+        )
+    assert double.requests[0].contract == pb.CONTRACT_DEGRADED_OK
+    assert [(one["route"], one["exact"]) for one in told] == [("degraded", False)]
+    assert told[0]["missing_experts"] == [{"layer": 0, "expert": 3}, {"layer": 1, "expert": 3}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_choices_of_several_prompts_are_numbered_through(stream: bool) -> None:
     double = Scripted(
         said("a", choice=0, ids=[1], finish=STOP),

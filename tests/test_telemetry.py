@@ -36,6 +36,7 @@ NAMES = {
     "expertmesh_generations": "gauge",
     "expertmesh_generated_tokens": "counter",
     "expertmesh_rebuilds": "counter",
+    "expertmesh_rebuilt_rows": "counter",
     "expertmesh_first_token_seconds": "histogram",
     "expertmesh_next_token_seconds": "histogram",
     "expertmesh_under_way": "gauge",

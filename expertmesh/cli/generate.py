@@ -18,7 +18,7 @@ from expertmesh.client import Client
 from expertmesh.errors import CorruptReply, InvalidInput, MeshError, SetupError, WrongPart
 from expertmesh.local import state
 from expertmesh.rpc.deadline import MAX_TIMEOUT_S
-from expertmesh.serving.inference import parse_route, route_name
+from expertmesh.serving.inference import parse_route, route_name, told_missing
 from expertmesh.v1 import inference_pb2
 from expertmesh.v1.inference_pb2 import FinishReason, GenerateRequest, GenerateResponse
 from expertmesh.v1.tokenizer_pb2 import Chat, ChatMessage
@@ -203,7 +203,7 @@ def _object(number: int, choice: _Choice) -> dict[str, object]:
         "route": route_name(choice.route),
         "exact": choice.exact,
         "profile": choice.profile,
-        "missing_experts": [{"layer": layer, "expert": expert} for layer, expert in sorted(choice.missing)],
+        **told_missing(choice.missing),
         "seed": choice.seed,
     }
 

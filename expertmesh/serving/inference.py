@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc.aio
 
@@ -148,6 +148,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 def route_name(route: Route) -> str:
     """A route as people read it: `mesh`, `full-model`, `degraded`."""
     return Route.Name(route).removeprefix("ROUTE_").lower().replace("_", "-")
+
+
+def told_missing(experts: Iterable[tuple[int, int]]) -> dict[str, Any]:
+    """What is told in JSON of (layer, expert) that were missing: nothing where none was."""
+    missing = [{"layer": layer, "expert": expert} for layer, expert in sorted(experts)]
+    return {"missing_experts": missing} if missing else {}
 
 
 def parse_route(name: str) -> Route:

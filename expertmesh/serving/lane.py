@@ -134,7 +134,7 @@ class Lane:
                 self._wait_for_room()
                 return
             except HomeLost:
-                self._again([generation])
+                self._scheduler.rebuild([generation])
                 return
             except MeshError as error:
                 generation.fail(error)
@@ -160,7 +160,7 @@ class Lane:
         moving = [one for one in self._running if one not in self._busy and not one.left][:room]
         if moving:
             self._release(moving)
-            self._again(moving)
+            self._scheduler.rebuild(moving)
 
     def _wait_for_room(self) -> None:
         """Nothing is opened until something was released here; another program may have, so look again anyway."""
@@ -289,7 +289,7 @@ class Lane:
                 return
             except MeshError:  # it was forgotten, and others have its room
                 self._running.remove(generation)
-                self._again([generation])
+                self._scheduler.rebuild([generation])
 
     async def _stop_steps(self) -> None:
         """Nobody waits for what is under way any more."""
@@ -307,12 +307,7 @@ class Lane:
         await self._stop_steps()
         lost, self._running = self._running, []
         await self.home.release(lost)
-        self._again(lost)
-
-    def _again(self, generations: Sequence[Generation]) -> None:
-        for generation in generations:
-            generation.restart()
-        self._scheduler.rebuild([one for one in generations if not one.left])
+        self._scheduler.rebuild(lost)
 
     def _fail(self, generations: Sequence[Generation], error: MeshError) -> None:
         for generation in generations:

@@ -126,8 +126,10 @@ class Scheduler:
         self.wake()
 
     def rebuild(self, generations: Sequence[Generation]) -> None:
-        """Takes sequences on that have to be computed anew."""
-        self._rebuilds.add(generations)
+        """Takes sequences on whose cache is lost."""
+        for generation in generations:
+            generation.restart()
+        self._rebuilds.add([one for one in generations if not one.left])
         self.wake()
 
     def wake(self) -> None:

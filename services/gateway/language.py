@@ -144,7 +144,7 @@ class RoutedTokens:
                         yield token
                         if token.finish != FINISH_REASON_UNSPECIFIED:
                             return
-                raise CorruptReply("full_model ended a stream before its last token")
+                raise CorruptReply("full_model ended a stream before its last token", "full_model")
             except NotFinite:
                 raise
             except (Unavailable, CorruptReply):

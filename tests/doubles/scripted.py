@@ -87,6 +87,7 @@ class Scripted(InferenceServiceServicer):
             choice.tokens.extend(message.tokens)
             choice.finish_reason = message.finish_reason
             choice.route, choice.exact, choice.profile = message.route, message.exact, message.profile
+            choice.missing_experts.extend(message.missing_experts)
             seed = message.seed
             usage.MergeFrom(message.usage)
         return pb.CompleteResponse(choices=choices, usage=usage, seed=seed)

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from expertmesh.errors import InvalidInput
 from expertmesh.rpc.deadline import MAX_TIMEOUT_S, Deadline
-from expertmesh.serving.inference import InferenceServicer, route_name
+from expertmesh.serving.inference import InferenceServicer, route_name, told_missing
 from expertmesh.serving.requests import DEFAULT_TIMEOUT_S, MAX_TEXT_BYTES
 from expertmesh.v1 import inference_pb2
 from expertmesh.v1.inference_pb2 import ClassifyRequest, ClassifyResponse
@@ -92,7 +92,7 @@ def _reply(response: ClassifyResponse) -> dict[str, Any]:
         "profile": result.profile,
         "tokens": result.tokens,
         "truncated": result.truncated,
-        "missing_experts": [{"layer": one.layer, "expert": one.expert} for one in result.missing_experts],
+        **told_missing((one.layer, one.expert) for one in result.missing_experts),
         "request_id": response.request_id,
         "timings_s": {timing.stage: round(timing.seconds, 6) for timing in response.timings},
     }

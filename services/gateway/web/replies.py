@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from expertmesh.errors import CorruptReply, InvalidInput
-from expertmesh.serving.inference import route_name
+from expertmesh.serving.inference import route_name, told_missing
 from expertmesh.v1.inference_pb2 import ROUTE_UNSPECIFIED, CompleteResponse, Completion, GenerateResponse, Route, Usage
 from expertmesh.v1.sampling_pb2 import TokenLogprobs
 
@@ -37,8 +37,7 @@ class _Origin:
 
     def told(self, seed: int) -> dict[str, Any]:
         how = {"route": route_name(self.route), "exact": self.exact, "profile": self.profile, "seed": seed}
-        missing = [{"layer": layer, "expert": expert} for layer, expert in sorted(self.missing)]
-        return how | {"missing_experts": missing} if missing else how
+        return how | told_missing(self.missing)
 
 
 class Replies:
