@@ -47,11 +47,24 @@ def encode(array: AnyArray) -> Tensor:
     Raises:
         KeyError: The dtype is none of these.
     """
+    tensor = Tensor()
+    fill(tensor, array)
+    return tensor
+
+
+def fill(tensor: Tensor, array: AnyArray) -> None:
+    """The same into a tensor that is empty, such as one inside a message, where it needs no second copy.
+
+    Raises:
+        KeyError: The dtype is none of these.
+    """
     code = _DTYPE2CODE.get(array.dtype)
     if code is None:  # of the other byte order, or none that travels
         code = _DTYPE2CODE[array.dtype.newbyteorder("<")]
         array = array.astype(array.dtype.newbyteorder("<"))
-    return Tensor(dtype=code, shape=array.shape, data=array.tobytes())
+    tensor.dtype = code
+    tensor.shape.extend(array.shape)
+    tensor.data = array.tobytes()
 
 
 def decode(tensor: Tensor, dtype: np.dtype[Any], shape: tuple[int | None, ...], name: str) -> AnyArray:

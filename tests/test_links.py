@@ -41,7 +41,8 @@ from expertmesh.v1.tensor_pb2 import Tensor
 from expertmesh.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from tests import tiny
 
-CARRIERS = ("unix", "tcp")
+DIRECT = "unix, methods that give futures"
+CARRIERS = ("unix", "tcp", DIRECT)
 MOST_BYTES = 2**20
 
 
@@ -76,6 +77,15 @@ class Echo(EmbeddingServiceServicer):
         return EmbedResponse(rows=request.ids)
 
 
+class DirectEcho(Echo):
+    """The same as a method that is no coroutine but gives a future."""
+
+    def Embed(self, request: EmbedRequest, context: Any) -> asyncio.Future[EmbedResponse]:  # type: ignore[override]
+        if request.ids.shape == [self.RAISE]:
+            raise self.error
+        return asyncio.ensure_future(super().Embed(request, context))
+
+
 class Ends:
     """Both ends of a link."""
 
@@ -91,15 +101,15 @@ class Ends:
 
 @asynccontextmanager
 async def linked(carrier: str, max_message_bytes: int = MOST_BYTES) -> AsyncIterator[Ends]:
-    echo, guard = Echo(), Guard()
+    echo, guard = (DirectEcho if carrier == DIRECT else Echo)(), Guard()
     servicer = LinkServicer(guard, max_message_bytes=max_message_bytes)
     servicer.description = DescribeResponse(kind="embedding", model_digest="digest", profile="cpu")
     add_EmbeddingServiceServicer_to_server(echo, servicer)  # type: ignore[arg-type]
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes)))
     servicer.add_to_server(server)
-    listen = f"unix:{tiny.scratch()}/e.sock" if carrier == "unix" else "127.0.0.1:0"
+    listen = "127.0.0.1:0" if carrier == "tcp" else f"unix:{tiny.scratch()}/e.sock"
     port = server.add_insecure_port(listen)
-    address = listen if carrier == "unix" else f"127.0.0.1:{port}"
+    address = f"127.0.0.1:{port}" if carrier == "tcp" else listen
     async with AsyncExitStack() as stack:
         await server.start()
         stack.push_async_callback(server.stop, None)

@@ -65,7 +65,7 @@ async def test_work_that_ends_oddly_fails_alone_and_the_queue_goes_on() -> None:
 
     async with asyncio.timeout(5):
         odd = asyncio.create_task(turns.run(1, stops))
-        short = [asyncio.create_task(turns.run_together("a", 1, item, lambda items: [0])) for item in range(2)]
+        short = [turns.run_together("a", 1, item, lambda items: [0]) for item in range(2)]
         good = asyncio.create_task(turns.run(1, lambda: 3))
         outcomes = await asyncio.gather(odd, *short, good, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [RuntimeError, ValueError, ValueError, int]

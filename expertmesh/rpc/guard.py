@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -88,21 +88,39 @@ class Guard:
     async def run(self, method: str, work: Awaitable[ResultT]) -> ResultT | Failure:
         """Awaits work; gives its result, or how it failed."""
         started_s = time.monotonic()
-        code = grpc.StatusCode.OK
         try:
-            return await work
-        except (asyncio.CancelledError, GeneratorExit):
-            code = grpc.StatusCode.CANCELLED
-            raise
-        except grpc.aio.AbortError:
-            code = grpc.StatusCode.ABORTED
-            raise
-        except Exception as error:
-            failure = failure_of(method, error)
-            code = failure.code
-            return failure
-        finally:
-            self.count(method, code, started_s)
+            result = await work
+        except BaseException as error:
+            return self._failed(method, error, started_s)
+        self.count(method, grpc.StatusCode.OK, started_s)
+        return result
+
+    def outcome(self, method: str, result: Callable[[], ResultT], started_s: float) -> ResultT | Failure:
+        """Gives the result of work that has ended, or how it failed.
+
+        Args:
+            method: What was called.
+            result: Gives it, or raises what ended the work.
+            started_s: When the call came, on the clock of `time.monotonic`.
+        """
+        try:
+            given = result()
+        except BaseException as error:
+            return self._failed(method, error, started_s)
+        self.count(method, grpc.StatusCode.OK, started_s)
+        return given
+
+    def _failed(self, method: str, error: BaseException, started_s: float) -> Failure:
+        """The failure that an error is to the caller; what ends the work without being one is raised again."""
+        if isinstance(error, grpc.aio.AbortError):
+            self.count(method, grpc.StatusCode.ABORTED, started_s)
+            raise error
+        if not isinstance(error, Exception):
+            self.count(method, grpc.StatusCode.CANCELLED, started_s)
+            raise error
+        failure = failure_of(method, error)
+        self.count(method, failure.code, started_s)
+        return failure
 
     def count(self, method: str, code: grpc.StatusCode, started_s: float) -> None:
         """Takes down a call that has ended."""

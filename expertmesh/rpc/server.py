@@ -21,6 +21,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from expertmesh.errors import SetupError
+from expertmesh.rpc import heap
 from expertmesh.rpc.channel import SERVER_OPTIONS, message_limits
 from expertmesh.rpc.guard import Guard
 from expertmesh.rpc.interceptor import CallInterceptor
@@ -97,6 +98,7 @@ def run(settings: SettingsT, kind: str, load: Callable[[SettingsT, tracing.Traci
         The exit status: 0 after a stop, 2 when it could not start (and one line says why).
     """
     log.configure(settings.name or kind, settings.log_level)
+    heap.keep_freed()
     try:
         asyncio.run(_serve(settings, kind, load))
     except SetupError as error:
@@ -134,6 +136,7 @@ async def _serve(settings: SettingsT, kind: str, load: Callable[[SettingsT, trac
         if program.description.links:
             await stack.enter_async_context(link.listening(address))
         await server.start()
+        heap.leave_loaded_alone()
         try:
             await stack.enter_async_context(_health(health, program))
             log.event("ready", address=address, metrics=metrics_address, seconds=round(time.monotonic() - started_s, 3))

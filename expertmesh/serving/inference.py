@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from functools import cache
 from typing import Any, Protocol
 
 import grpc.aio
@@ -132,15 +133,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             request_id=request_id,
             timings=_sum_of_passes(answers),
         )
-        for result in response.results:
-            metrics.TEXTS.labels(route_name(result.route)).inc()
-            if not request.include_experts:
+        route2texts = Counter(result.route for result in response.results)
+        for route, texts in route2texts.items():
+            metrics.TEXTS.labels(route_name(route)).inc(texts)
+        if not request.include_experts:
+            for result in response.results:
                 result.ClearField("expert_tokens")
-        routes = sorted({route_name(result.route) for result in response.results})
+        routes = sorted(map(route_name, route2texts))
         event("classified", request_id=request_id, texts=len(request.texts), routes=routes)
         return response
 
 
+@cache
 def route_name(route: Route) -> str:
     """A route as people read it: `mesh`, `full-model`, `degraded`."""
     return Route.Name(route).removeprefix("ROUTE_").lower().replace("_", "-")
@@ -168,9 +172,12 @@ def parse_route(name: str) -> Route:
     return routes[name]
 
 
-def _sum_of_passes(answers: Sequence[Answer]) -> list[StageTiming]:
+def _sum_of_passes(answers: Sequence[Answer]) -> Sequence[StageTiming]:
+    passes = {id(answer.timings): answer.timings for answer in answers}
+    if len(passes) == 1:
+        return answers[0].timings
     seconds: defaultdict[str, float] = defaultdict(float)
-    for timings in {id(answer.timings): answer.timings for answer in answers}.values():
+    for timings in passes.values():
         for timing in timings:
             seconds[timing.stage] += timing.seconds
     return [StageTiming(stage=stage, seconds=value) for stage, value in seconds.items()]

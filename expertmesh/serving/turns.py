@@ -84,9 +84,9 @@ class Turns:
         result: ResultT = await self._enqueue(object(), rows, None, lambda items: [work()])
         return result
 
-    async def run_together(
+    def run_together(
         self, key: Hashable, rows: int, item: ItemT, work: Callable[[Sequence[ItemT]], Sequence[ResultT]]
-    ) -> ResultT:
+    ) -> asyncio.Future[ResultT]:
         """Runs work on an item when it is its turn, and on whatever else waits with the same key then.
 
         Args:
@@ -94,9 +94,11 @@ class Turns:
             rows: Token rows of the item.
             item: What to work on.
             work: Gives a result for each item; the same function for every item of a key.
+
+        Returns:
+            The future of the item's result; who cancels it before its turn has nothing done.
         """
-        result: ResultT = await self._enqueue(key, rows, item, work)
-        return result
+        return self._enqueue(key, rows, item, work)
 
     def _enqueue(
         self, key: Hashable, rows: int, item: Any, work: Callable[[Sequence[Any]], Any]
@@ -142,6 +144,8 @@ class Turns:
         first = self._queue.popleft()
         if first.result.done():
             return []
+        if not self._queue:
+            return [first]
         together, rows = [first], first.rows
         others = [one for one in self._queue if one.key == first.key and not one.result.done()]
         for one in others:

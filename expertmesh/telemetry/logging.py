@@ -9,6 +9,7 @@ import time
 from typing import Any, TextIO
 
 _LOGGER = logging.getLogger("expertmesh")
+_ENCODER = json.JSONEncoder(default=str)
 
 
 class JsonFormatter(logging.Formatter):
@@ -29,7 +30,7 @@ class JsonFormatter(logging.Formatter):
             line |= {"event": record.getMessage(), **fields}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return _ENCODER.encode(line)
 
 
 class _Handler(logging.StreamHandler[TextIO]):
@@ -58,4 +59,11 @@ def is_logged(level: int) -> bool:
 
 def event(name: str, *, level: int = logging.INFO, exc_info: bool | Exception = False, **fields: Any) -> None:
     """Logs one event with its fields."""
-    _LOGGER.log(level, name, extra={"fields": fields}, exc_info=exc_info)
+    if not _LOGGER.isEnabledFor(level):
+        return
+    told: Any = sys.exc_info() if exc_info is True else exc_info or None
+    if isinstance(told, BaseException):
+        told = (type(told), told, told.__traceback__)
+    record = logging.LogRecord(_LOGGER.name, level, "", 0, name, None, told)  # from where it is logged is not told
+    record.fields = fields
+    _LOGGER.handle(record)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+
 import grpc.aio
 import numpy as np
 
@@ -13,7 +16,7 @@ from expertmesh.telemetry import metrics
 from expertmesh.v1.expert_pb2 import ApplyRequest, ApplyResponse
 from expertmesh.v1.expert_pb2_grpc import ExpertServiceServicer
 
-from .bank import Bank, Rows
+from .bank import Array, Bank, Rows
 
 
 class ExpertServicer(ExpertServiceServicer):
@@ -33,17 +36,23 @@ class ExpertServicer(ExpertServiceServicer):
         self._digests = {pair: stage.loader.manifest.parts[expert_part(*pair)].digest for pair in pairs}
         self._tokens = {pair: metrics.EXPERT_TOKENS.labels(*pair) for pair in pairs}
 
-    async def Apply(self, request: ApplyRequest, context: grpc.aio.ServicerContext) -> ApplyResponse:
+    def Apply(self, request: ApplyRequest, context: grpc.aio.ServicerContext) -> asyncio.Future[ApplyResponse]:
         """Applies experts of one layer, each to its rows; calls that wait for one layer become one product."""
-        rows = self._checked(request)
-        layer, key = request.layer, (request.layer, rows.rows_ND.dtype)
-        out_ND = await self._stage.turns.run_together(
-            key, len(rows.rows_ND), rows, lambda calls: self.bank.apply(layer, calls)
-        )
-        for expert, count in zip(rows.experts, rows.counts, strict=True):
+        rows, layer = self._checked(request), request.layer
+
+        def apply(calls: Sequence[Rows]) -> list[ApplyResponse]:
+            outs = self.bank.apply(layer, calls)
+            return [self._response(layer, call, out_ND) for call, out_ND in zip(calls, outs, strict=True)]
+
+        return self._stage.turns.run_together((layer, rows.rows_ND.dtype), len(rows.rows_ND), rows, apply)
+
+    def _response(self, layer: int, call: Rows, out_ND: Array) -> ApplyResponse:
+        for expert, count in zip(call.experts, call.counts, strict=True):
             self._tokens[layer, expert].inc(count)
-        digests = [self._digests[layer, expert] for expert in rows.experts]
-        return ApplyResponse(layer=layer, experts=rows.experts, digests=digests, rows=wire.encode(out_ND))
+        digests = [self._digests[layer, expert] for expert in call.experts]
+        response = ApplyResponse(layer=layer, experts=call.experts, digests=digests)
+        wire.fill(response.rows, out_ND)
+        return response
 
     def _checked(self, request: ApplyRequest) -> Rows:
         ids, counts = list(request.experts), list(request.counts)

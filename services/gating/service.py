@@ -114,9 +114,9 @@ def encode_gated(gated: Gated) -> GateResponse:
     residual_TD, expert_input_TD, ids_TK, weights_TK = to_arrays(
         gated.residual_TD, gated.expert_input_TD, gated.expert_ids_TK, gated.weights_TK
     )
-    return GateResponse(
-        residual=wire.encode(residual_TD),
-        expert_input=wire.encode(expert_input_TD),
-        expert_ids=wire.encode(ids_TK.astype(np.int32)),
-        weights=wire.encode(weights_TK),
-    )
+    response = GateResponse()
+    wire.fill(response.residual, residual_TD)
+    wire.fill(response.expert_input, expert_input_TD)
+    wire.fill(response.expert_ids, ids_TK.astype(np.int32))
+    wire.fill(response.weights, weights_TK)
+    return response

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn
+from contextvars import copy_context
+from functools import partial
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -14,11 +16,11 @@ from google.protobuf.message import DecodeError
 
 from expertmesh.errors import InvalidInput, Overloaded
 from expertmesh.rpc import request_id
-from expertmesh.rpc.errors import DETAILS_KEY
-from expertmesh.rpc.guard import Aborted, Failure, Guard
+from expertmesh.rpc.guard import Failure, Guard
 from expertmesh.rpc.interceptor import parsed
 from expertmesh.rpc.link import socket
 from expertmesh.rpc.link.channel import FRAME_BYTES
+from expertmesh.rpc.link.context import LinkContext
 from expertmesh.rpc.link.frames import Connection
 from expertmesh.rpc.link.stream import StreamConnection
 from expertmesh.rpc.settings import LINK_SUFFIX
@@ -30,24 +32,8 @@ from expertmesh.v1.link_pb2 import LinkRequest, LinkResponse
 MOST_CALLS = 1024  # under way on one link
 QUIET_S = 0.3  # callers that send nothing for so long have let go
 LOOK_EVERY_S = 0.02
-Answer = Callable[[LinkRequest, Any], Awaitable["bytes | Failure"]]
-
-
-class LinkContext:
-    """What a method may ask of a call that came over a link."""
-
-    def __init__(self, timeout_us: int) -> None:
-        self._ends_s = time.monotonic() + timeout_us / 1e6
-
-    def time_remaining(self) -> float:
-        """Seconds that the caller still waits."""
-        return max(0.0, self._ends_s - time.monotonic())
-
-    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
-        """Ends the call with a status; of the metadata only the status' details travel."""
-        raise Aborted(
-            Failure(code, details, next((value for key, value in trailing_metadata if key == DETAILS_KEY), b""))
-        )
+Finish = Callable[["asyncio.Future[Any]"], "bytes | Failure"]
+Start = Callable[[LinkRequest, Any], "tuple[asyncio.Future[Any], Finish]"]
 
 
 class LinkServicer:
@@ -64,6 +50,7 @@ class LinkServicer:
         self._tracing = tracing
         self._max_message_bytes = max_message_bytes
         self._path2handler: dict[str, grpc.RpcMethodHandler] = {}
+        self._direct: set[str] = set()
         self._links: set[_Calls] = set()
         self._one_ended = asyncio.Event()
         self._draining = False
@@ -73,10 +60,13 @@ class LinkServicer:
         """As a server has it; what follows says the same by name."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]) -> None:
-        """Takes the unary methods of a service."""
+        """Takes the unary methods of a service; those that give a future, being no coroutines, need no task."""
         for name, handler in handlers.items():
             if not handler.request_streaming and not handler.response_streaming:
-                self._path2handler[f"/{service}/{name}"] = handler
+                path = f"/{service}/{name}"
+                self._path2handler[path] = handler
+                if not asyncio.iscoroutinefunction(handler.unary_unary):
+                    self._direct.add(path)
 
     def add_to_server(self, server: grpc.aio.Server) -> str:
         """Offers links over streams of a gRPC server; gives the name of the service."""
@@ -137,7 +127,7 @@ class LinkServicer:
 
     async def Link(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
         """One link over a stream."""
-        calls = _Calls(self._path2handler, self._answer)
+        calls = _Calls(self._path2handler, self._start)
         stream = StreamConnection(context, calls.take, calls.end, self._max_message_bytes)
         self._begin(calls, stream)
         try:
@@ -147,7 +137,7 @@ class LinkServicer:
 
     def _accept(self) -> socket.SocketConnection:
         """One link over a socket."""
-        calls = _Calls(self._path2handler, self._answer)
+        calls = _Calls(self._path2handler, self._start)
 
         def begin() -> None:
             self._begin(calls, connection)
@@ -172,8 +162,26 @@ class LinkServicer:
         self._links.discard(calls)
         self._one_ended.set()
 
-    async def _answer(self, request: LinkRequest, message: Any) -> bytes | Failure:
+    def _start(self, request: LinkRequest, message: Any) -> tuple[asyncio.Future[Any], Finish]:
+        """Starts a call; gives the future of what its method gives, and what makes its outcome of that."""
         request_id.take_over(request.request_id)
+        if request.method not in self._direct or self._tracing.is_on:
+            return asyncio.create_task(self._answer(request, message)), asyncio.Future.result
+        handler, started_s = self._path2handler[request.method], time.monotonic()
+        try:
+            if isinstance(message, InvalidInput):
+                raise message
+            future = asyncio.ensure_future(handler.unary_unary(message, LinkContext(request.timeout_us)))
+        except (Exception, asyncio.CancelledError) as error:
+            future = asyncio.get_running_loop().create_future()
+            future.set_exception(error)
+
+        def finish(ended: asyncio.Future[Any]) -> bytes | Failure:
+            return self._guard.outcome(request.method, lambda: self._written(handler, ended.result()), started_s)
+
+        return future, finish
+
+    async def _answer(self, request: LinkRequest, message: Any) -> bytes | Failure:
         if not self._tracing.is_on:
             return await self._guard.run(request.method, self._reply(request, message))
         with self._tracing.server_span(request.method, request.trace):
@@ -183,7 +191,9 @@ class LinkServicer:
         if isinstance(message, InvalidInput):
             raise message
         handler = self._path2handler[request.method]
-        reply = await handler.unary_unary(message, LinkContext(request.timeout_us))
+        return self._written(handler, await handler.unary_unary(message, LinkContext(request.timeout_us)))
+
+    def _written(self, handler: grpc.RpcMethodHandler, reply: Any) -> bytes:
         data: bytes = handler.response_serializer(reply)
         if len(data) > self._max_message_bytes - FRAME_BYTES:
             raise Overloaded(f"a reply of {len(data)} bytes is too large")
@@ -195,12 +205,12 @@ class _Calls:
 
     Args:
         path2handler: The methods there are.
-        answer: Serves a call; is given what the message holds, or the error that it could not be read.
+        start: Starts a call; is given what the message holds, or the error that it could not be read.
     """
 
-    def __init__(self, path2handler: Mapping[str, grpc.RpcMethodHandler], answer: Answer) -> None:
-        self._path2handler, self._answer = path2handler, answer
-        self._under_way: dict[int, asyncio.Task[None]] = {}
+    def __init__(self, path2handler: Mapping[str, grpc.RpcMethodHandler], start: Start) -> None:
+        self._path2handler, self._start = path2handler, start
+        self._under_way: dict[int, asyncio.Future[Any]] = {}
         self._settling = False
         self.connection: Connection | None = None
         self.taken = 0
@@ -232,10 +242,11 @@ class _Calls:
                 read = parsed(message, handler.request_deserializer)
             except InvalidInput as error:
                 read = error
-            task = asyncio.create_task(self._serve(request, read))
-            self._under_way[request.call] = task
+            context = copy_context()  # a call's own, as a task has
+            under_way, finish = context.run(self._start, request, read)
+            self._under_way[request.call] = under_way
+            under_way.add_done_callback(partial(self._served, request.call, finish), context=context)
             self.taken += 1
-            task.add_done_callback(lambda _: self._served(request.call))  # one cancelled before it began has no finally
 
     def settle(self) -> None:
         """Ends the link as soon as no call is under way."""
@@ -252,18 +263,15 @@ class _Calls:
     def end(self) -> None:
         """Cancels what is under way, since nobody is there to hear of it."""
         self.connection = None
-        for task in list(self._under_way.values()):
-            task.cancel()
+        for under_way in list(self._under_way.values()):
+            under_way.cancel()
 
-    async def _serve(self, request: LinkRequest, message: Any) -> None:
-        try:
-            self._send(request.call, await self._answer(request, message))
-        except asyncio.CancelledError:
-            self._send(request.call, _refusal(grpc.StatusCode.CANCELLED, "it was cancelled"))
-            raise
-
-    def _served(self, call: int) -> None:
+    def _served(self, call: int, finish: Finish, ended: asyncio.Future[Any]) -> None:
         del self._under_way[call]
+        try:
+            self._send(call, finish(ended))
+        except asyncio.CancelledError:
+            self._send(call, _refusal(grpc.StatusCode.CANCELLED, "it was cancelled"))
         if self._settling:
             self.settle()
 
