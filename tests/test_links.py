@@ -26,6 +26,7 @@ from expertmesh.rpc import request_id
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.guard import Guard
 from expertmesh.rpc.link.channel import LinkChannel
+from expertmesh.rpc.link.frames import checksum
 from expertmesh.rpc.link.servicer import LinkServicer
 from expertmesh.rpc.link.socket import SocketConnection, listening
 from expertmesh.v1.description_pb2 import DescribeResponse
@@ -44,6 +45,7 @@ from tests import tiny
 DIRECT = "unix, methods that give futures"
 CARRIERS = ("unix", "tcp", DIRECT)
 MOST_BYTES = 2**20
+PREFIX = "<IIQ"  # of a frame: bytes of head and message, and their checksum
 
 
 class Echo(EmbeddingServiceServicer):
@@ -293,7 +295,7 @@ async def test_a_link_that_is_opened_once_more_keeps_what_is_under_way(carrier: 
 
 def frame(head: Any, message: bytes = b"") -> bytes:
     data = head.SerializeToString()
-    return struct.pack("<II", len(data), len(message)) + data + message
+    return struct.pack(PREFIX, len(data), len(message), checksum(data, message)) + data + message
 
 
 @settings(max_examples=60, deadline=None)
@@ -318,9 +320,9 @@ def test_frames_are_found_however_they_are_cut(messages: list[bytes], data: st.D
 @pytest.mark.parametrize(
     "damage",
     [
-        struct.pack("<II", 2**17, 0),  # a head that is too large
-        struct.pack("<II", 0, MOST_BYTES + 1),  # a message that is too large
-        struct.pack("<II", 2, 0) + b"\xff\xff",  # no head
+        struct.pack(PREFIX, 2**17, 0, 0),  # a head that is too large
+        struct.pack(PREFIX, 0, MOST_BYTES + 1, 0),  # a message that is too large
+        struct.pack(PREFIX, 2, 0, checksum(b"\xff\xff", b"")) + b"\xff\xff",  # no head
         frame(LinkRequest(call=1, method="/expertmesh.v1.EmbeddingService/Embed"), b"\xff")[:-3],  # cut off
     ],
 )
@@ -331,7 +333,7 @@ async def test_a_peer_that_talks_nonsense_is_cut_off_and_harms_nobody_else(damag
         writer.write(damage)
         writer.write_eof()
         greeting = await asyncio.wait_for(reader.read(), 5)
-        assert len(greeting) > 8  # who answers, and nothing else
+        assert len(greeting) > 16  # who answers, and nothing else
         writer.close()
         assert await ends.ask(b"on") == b"on"
 
@@ -365,7 +367,7 @@ async def test_a_peer_that_does_not_read_is_not_read_either_until_it_does() -> N
         assert len(ends.echo.request_ids) < calls / 2
         async with asyncio.timeout(30):
             for number in range(calls + 1):  # who answers, and the answers
-                head_bytes, message_bytes = struct.unpack("<II", await reader.readexactly(8))
+                head_bytes, message_bytes, _ = struct.unpack(PREFIX, await reader.readexactly(16))
                 head = LinkResponse.FromString(await reader.readexactly(head_bytes))
                 assert (head.call, head.code) == (number, 0)
                 await reader.readexactly(message_bytes)
@@ -380,7 +382,10 @@ async def test_a_peer_that_does_not_read_its_stream_cannot_write_for_ever() -> N
         async def write() -> None:
             for number in range(1, 201):
                 method = "/expertmesh.v1.EmbeddingService/Embed"
-                await call.write(LinkRequest(call=number, method=method, message=request))
+                head = LinkRequest(call=number, method=method)
+                head.checksum = checksum(head.SerializeToString(deterministic=True), request)
+                head.message = request
+                await call.write(head)
 
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(write(), 2)

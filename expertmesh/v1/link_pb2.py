@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65xpertmesh/v1/link.proto\x12\rexpertmesh.v1\"\xc8\x01\n\x0bLinkRequest\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x12\n\ntimeout_us\x18\x03 \x01(\x04\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x34\n\x05trace\x18\x05 \x03(\x0b\x32%.expertmesh.v1.LinkRequest.TraceEntry\x12\x0f\n\x07message\x18\x06 \x01(\x0c\x1a,\n\nTraceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"Z\n\x0cLinkResponse\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x04 \x01(\x0c\x12\x0f\n\x07message\x18\x05 \x01(\x0c\x32R\n\x0bLinkService\x12\x43\n\x04Link\x12\x1a.expertmesh.v1.LinkRequest\x1a\x1b.expertmesh.v1.LinkResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65xpertmesh/v1/link.proto\x12\rexpertmesh.v1\"\xda\x01\n\x0bLinkRequest\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x12\n\ntimeout_us\x18\x03 \x01(\x04\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x34\n\x05trace\x18\x05 \x03(\x0b\x32%.expertmesh.v1.LinkRequest.TraceEntry\x12\x0f\n\x07message\x18\x06 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x07 \x01(\x06\x1a,\n\nTraceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"l\n\x0cLinkResponse\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x04 \x01(\x0c\x12\x0f\n\x07message\x18\x05 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x06\x32R\n\x0bLinkService\x12\x43\n\x04Link\x12\x1a.expertmesh.v1.LinkRequest\x1a\x1b.expertmesh.v1.LinkResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LINKREQUEST_TRACEENTRY']._loaded_options = None
   _globals['_LINKREQUEST_TRACEENTRY']._serialized_options = b'8\001'
   _globals['_LINKREQUEST']._serialized_start=44
-  _globals['_LINKREQUEST']._serialized_end=244
-  _globals['_LINKREQUEST_TRACEENTRY']._serialized_start=200
-  _globals['_LINKREQUEST_TRACEENTRY']._serialized_end=244
-  _globals['_LINKRESPONSE']._serialized_start=246
-  _globals['_LINKRESPONSE']._serialized_end=336
-  _globals['_LINKSERVICE']._serialized_start=338
-  _globals['_LINKSERVICE']._serialized_end=420
+  _globals['_LINKREQUEST']._serialized_end=262
+  _globals['_LINKREQUEST_TRACEENTRY']._serialized_start=218
+  _globals['_LINKREQUEST_TRACEENTRY']._serialized_end=262
+  _globals['_LINKRESPONSE']._serialized_start=264
+  _globals['_LINKRESPONSE']._serialized_end=372
+  _globals['_LINKSERVICE']._serialized_start=374
+  _globals['_LINKSERVICE']._serialized_end=456
 # @@protoc_insertion_point(module_scope)

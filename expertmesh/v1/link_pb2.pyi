@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LinkRequest(_message.Message):
-    __slots__ = ("call", "method", "timeout_us", "request_id", "trace", "message")
+    __slots__ = ("call", "method", "timeout_us", "request_id", "trace", "message", "checksum")
     class TraceEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -21,24 +21,28 @@ class LinkRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     call: int
     method: str
     timeout_us: int
     request_id: str
     trace: _containers.ScalarMap[str, str]
     message: bytes
-    def __init__(self, call: _Optional[int] = ..., method: _Optional[str] = ..., timeout_us: _Optional[int] = ..., request_id: _Optional[str] = ..., trace: _Optional[_Mapping[str, str]] = ..., message: _Optional[bytes] = ...) -> None: ...
+    checksum: int
+    def __init__(self, call: _Optional[int] = ..., method: _Optional[str] = ..., timeout_us: _Optional[int] = ..., request_id: _Optional[str] = ..., trace: _Optional[_Mapping[str, str]] = ..., message: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class LinkResponse(_message.Message):
-    __slots__ = ("call", "code", "text", "details", "message")
+    __slots__ = ("call", "code", "text", "details", "message", "checksum")
     CALL_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     DETAILS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     call: int
     code: int
     text: str
     details: bytes
     message: bytes
-    def __init__(self, call: _Optional[int] = ..., code: _Optional[int] = ..., text: _Optional[str] = ..., details: _Optional[bytes] = ..., message: _Optional[bytes] = ...) -> None: ...
+    checksum: int
+    def __init__(self, call: _Optional[int] = ..., code: _Optional[int] = ..., text: _Optional[str] = ..., details: _Optional[bytes] = ..., message: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...

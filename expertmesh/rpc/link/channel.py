@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from expertmesh.errors import DeadlineExceeded, MeshError, Unavailable
+from expertmesh.errors import CorruptReply, DeadlineExceeded, MeshError, Unavailable
 from expertmesh.rpc import request_id
 from expertmesh.rpc.errors import STATUSES, from_status
 from expertmesh.rpc.link import socket
@@ -129,6 +129,7 @@ class LinkChannel:
 
         Raises:
             Unavailable: The connection has ended.
+            CorruptReply: It has, since something came over it that was not sent like that.
             DeadlineExceeded: The reply did not come in time.
             MeshError: The other side refused the call.
         """
@@ -216,15 +217,17 @@ class LinkChannel:
     def _end(self, opened: int) -> None:
         if opened != self._opened:
             return  # one of before, which has been told of late
+        is_damaged = self._connection is not None and self._connection.is_damaged
         self._connection = None
         self.ended.set()
         gone = Unavailable(f"{self._service} does not answer", self._service)
         if self._introduced is not None and not self._introduced.done():
             self._introduced.set_exception(gone)
             self._introduced.exception()  # whoever opened it may have left already
+        failed = CorruptReply("what came of it was changed on its way", self._service) if is_damaged else gone
         for reply, _ in list(self._pending.values()):
             if not reply.done():
-                reply.set_exception(gone)
+                reply.set_exception(failed)
 
 
 def _expire(reply: asyncio.Future[Any]) -> None:

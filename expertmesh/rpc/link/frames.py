@@ -5,8 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from xxhash import xxh3_64
+
 OnFrame = Callable[[Any, "bytes | memoryview"], None]
 OnEnd = Callable[[], None]
+
+
+def checksum(head: bytes | memoryview, message: bytes | memoryview) -> int:
+    """What a frame carries so that whoever reads it knows that it is what was sent.
+
+    XXH3 as `xxhash` has it: 20 µs a MiB where `zlib.crc32` takes 240, on an Intel Xeon with AVX-512.
+
+    Args:
+        head: The serialised head, without message and checksum.
+        message: The message.
+    """
+    state = xxh3_64(head)
+    state.update(message)
+    return state.intdigest()
 
 
 class Heads(Protocol):
@@ -18,7 +34,13 @@ class Heads(Protocol):
 
 
 class Connection(Protocol):
-    """Carries frames in both directions."""
+    """Carries frames in both directions; one that was changed on its way ends the connection.
+
+    Attributes:
+        is_damaged: Whether something came that was not sent like that.
+    """
+
+    is_damaged: bool
 
     def send(self, head: Any, message: bytes) -> None:
         """Sends a frame; never waits."""

@@ -1,7 +1,7 @@
 """Links between neighbours: frames over a unix socket.
 
-A frame is two lengths, the serialised `LinkRequest` or `LinkResponse` without its message, and the message. So a
-message is neither copied into another one nor parsed twice.
+A frame is two lengths, a checksum, the serialised `LinkRequest` or `LinkResponse` without its message, and the message.
+So a message is neither copied into another one nor parsed twice.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, cast
 
 from google.protobuf.message import DecodeError
 
-from expertmesh.rpc.link.frames import Heads, OnEnd, OnFrame
+from expertmesh.rpc.link.frames import Heads, OnEnd, OnFrame, checksum
 
 MOST_HEAD_BYTES = 2**16
-_LENGTHS = Struct("<II")
+_PREFIX = Struct("<IIQ")
 _FIRST_BUFFER_BYTES = 2**17
 _SOCKET_BUFFER_BYTES = 2**20
 
@@ -35,6 +35,9 @@ class SocketConnection(asyncio.BufferedProtocol):
         on_open: Is told that frames can be sent.
         holds_back: Whether it does not read on while the other side leaves more than a largest message unread. One
             end may do so; two would wait for each other.
+
+    Attributes:
+        is_damaged: Whether something came that was not sent like that.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class SocketConnection(asyncio.BufferedProtocol):
         self._filled = 0
         self._transport: asyncio.Transport | None = None
         self._finished = False
+        self.is_damaged = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As asyncio has it."""
@@ -88,31 +92,36 @@ class SocketConnection(asyncio.BufferedProtocol):
         """Hands on the frames that are whole."""
         self._filled += count
         start = 0
-        while self._filled - start >= _LENGTHS.size:
-            head_bytes, message_bytes = _LENGTHS.unpack_from(self._buffer, start)
+        while self._filled - start >= _PREFIX.size:
+            head_bytes, message_bytes, told = _PREFIX.unpack_from(self._buffer, start)
             if head_bytes > MOST_HEAD_BYTES or message_bytes > self._most_bytes:
-                self.close()
+                self._give_up()
                 return
-            head_at = start + _LENGTHS.size
+            head_at = start + _PREFIX.size
             message_at = head_at + head_bytes
             end = message_at + message_bytes
             if end > self._filled:
                 self._make_room(start, end - start)
                 return
-            try:
-                head = self._parse(self._view[head_at:message_at])
-            except DecodeError:
-                self.close()
+            head_view, message = self._view[head_at:message_at], self._view[message_at:end]
+            if checksum(head_view, message) != told:
+                self._give_up()
                 return
-            self._on_frame(head, self._view[message_at:end])
+            try:
+                head = self._parse(head_view)
+            except DecodeError:
+                self._give_up()
+                return
+            self._on_frame(head, message)
             start = end
-        self._make_room(start, _LENGTHS.size)
+        self._make_room(start, _PREFIX.size)
 
     def send(self, head: Any, message: bytes) -> None:
         """Sends a frame; one that nobody is there to receive is dropped."""
         if self._transport is not None and not self._finished:
             data: bytes = head.SerializeToString()
-            self._transport.write(b"".join((_LENGTHS.pack(len(data), len(message)), data, message)))
+            prefix = _PREFIX.pack(len(data), len(message), checksum(data, message))
+            self._transport.write(b"".join((prefix, data, message)))
 
     def finish(self) -> None:
         """Sends no more; were the socket closed, a peer that writes to it would lose what it has not read yet."""
@@ -124,6 +133,11 @@ class SocketConnection(asyncio.BufferedProtocol):
         """Ends the connection, what has been sent being delivered first."""
         if self._transport is not None:
             self._transport.close()
+
+    def _give_up(self) -> None:
+        """Ends the connection, since where the next frame begins is not certain any more."""
+        self.is_damaged = True
+        self.close()
 
     def _make_room(self, start: int, needed: int) -> None:
         """Moves what is left to the front of a buffer in which a frame of so many bytes fits."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc.aio
 
-from expertmesh.rpc.link.frames import OnEnd, OnFrame
+from expertmesh.rpc.link.frames import OnEnd, OnFrame, checksum
 
 _HEAD_BYTES = 512  # about what a frame takes that has no message
 
@@ -23,6 +23,9 @@ class StreamConnection:
         on_end: Is told once that the stream has ended.
         most_unsent_bytes: It does not read on while the other side leaves more than this unread; None: it does. One
             end may hold back; two would wait for each other.
+
+    Attributes:
+        is_damaged: Whether something came that was not sent like that.
     """
 
     def __init__(self, stream: Any, on_frame: OnFrame, on_end: OnEnd, most_unsent_bytes: int | None = None) -> None:
@@ -31,6 +34,7 @@ class StreamConnection:
         self._most_unsent_bytes, self._unsent_bytes = most_unsent_bytes, 0
         self._wake, self._sent = asyncio.Event(), asyncio.Event()
         self._closing = False
+        self.is_damaged = False
 
     async def run(self) -> None:
         """Carries frames until either side ends the stream; what has been sent before `close` is delivered."""
@@ -45,6 +49,7 @@ class StreamConnection:
 
     def send(self, head: Any, message: bytes) -> None:
         """Sends a frame; never waits."""
+        head.checksum = checksum(head.SerializeToString(deterministic=True), message)
         head.message = message
         self._outgoing.append(head)
         self._unsent_bytes += _HEAD_BYTES + len(message)
@@ -62,7 +67,13 @@ class StreamConnection:
     async def _read(self) -> None:
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it has ended; whoever waits is told by on_end
             while (head := await self._stream.read()) is not grpc.aio.EOF and head is not None:
-                self._on_frame(head, head.message)
+                told, message = head.checksum, head.message
+                head.ClearField("checksum")
+                head.ClearField("message")
+                if checksum(head.SerializeToString(deterministic=True), message) != told:
+                    self.is_damaged = True
+                    return
+                self._on_frame(head, message)
                 while self._most_unsent_bytes is not None and self._unsent_bytes > self._most_unsent_bytes:
                     self._sent.clear()
                     await self._sent.wait()
