@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from expertmesh import wire
-from expertmesh.rpc.admission import require_parts
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.replica import ReplicaEvent
-from expertmesh.rpc.replicas import ReplicaSet
+from expertmesh.rpc.replicas.admission import require_parts
+from expertmesh.rpc.replicas.replica import ReplicaEvent
+from expertmesh.rpc.replicas.replica_set import ReplicaSet
 from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
 from expertmesh.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tests.doubles.honest import DIGEST, Honest

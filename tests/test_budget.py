@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from expertmesh.errors import CorruptReply, MeshError, NotFinite, Overloaded, Unavailable
-from expertmesh.rpc.budget import Budget
+from expertmesh.rpc.replicas.budget import Budget
 from tests.doubles.corrupt import Corrupt
 from tests.doubles.honest import Honest
 from tests.doubles.refusing import Refusing

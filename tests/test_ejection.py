@@ -9,13 +9,13 @@ import grpc
 import pytest
 
 from expertmesh.errors import MeshError, NotFinite, Unavailable
-from expertmesh.rpc import ejection
-from expertmesh.rpc.ejection import FAILURES_IN_ROW, FORGIVEN_S, LATE_IN_ROW, PAUSE_MOST_S, Record, Why
-from expertmesh.rpc.latency import Times
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.probation import Probation, Witness
-from expertmesh.rpc.replica import State
-from expertmesh.rpc.replicas import ReplicaSet
+from expertmesh.rpc.replicas import ejection
+from expertmesh.rpc.replicas.ejection import FAILURES_IN_ROW, FORGIVEN_S, LATE_IN_ROW, PAUSE_MOST_S, Record, Why
+from expertmesh.rpc.replicas.latency import Times
+from expertmesh.rpc.replicas.probation import Probation, Witness
+from expertmesh.rpc.replicas.replica import State
+from expertmesh.rpc.replicas.replica_set import ReplicaSet
 from expertmesh.telemetry import metrics
 from expertmesh.v1.inference_pb2 import Classification, ClassifyResponse
 from tests.doubles.moody import Moody

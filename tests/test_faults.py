@@ -15,7 +15,7 @@ import pytest
 
 from expertmesh.client import Client
 from expertmesh.errors import Unavailable
-from expertmesh.rpc.caller import ATTEMPT_TIMEOUT_S
+from expertmesh.rpc.replicas.caller import ATTEMPT_TIMEOUT_S
 from expertmesh.serving.inference import route_name
 from expertmesh.v1.inference_pb2 import (
     CONTRACT_DEGRADED_OK,

@@ -11,7 +11,7 @@ import pytest
 
 from expertmesh import wire
 from expertmesh.errors import MeshError, Unavailable
-from expertmesh.rpc import caller, replica
+from expertmesh.rpc.replicas import caller, replica
 from expertmesh.v1 import inference_pb2 as pb
 from expertmesh.v1.sampling_pb2 import TokenLogprob
 from services.gateway import homes

@@ -9,12 +9,12 @@ import pytest
 
 from expertmesh import wire
 from expertmesh.errors import DeadlineExceeded, Unavailable
-from expertmesh.rpc import hedging
-from expertmesh.rpc.alarms import Alarms
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.hedging import Hedging, Race, size_of
-from expertmesh.rpc.latency import LEAST, Latency, Times
-from expertmesh.rpc.replicas import ReplicaSet
+from expertmesh.rpc.replicas import hedging
+from expertmesh.rpc.replicas.alarms import Alarms
+from expertmesh.rpc.replicas.hedging import Hedging, Race, size_of
+from expertmesh.rpc.replicas.latency import LEAST, Latency, Times
+from expertmesh.rpc.replicas.replica_set import ReplicaSet
 from expertmesh.telemetry import metrics
 from expertmesh.v1.embedding_pb2 import EmbedRequest
 from expertmesh.v1.expert_pb2 import ApplyRequest

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from expertmesh.errors import Unavailable
-from expertmesh.rpc import members as module
-from expertmesh.rpc.replica import State
+from expertmesh.rpc.replicas import members as module
+from expertmesh.rpc.replicas.replica import State
 from expertmesh.rpc.settings import LINK_SUFFIX
 from tests import tiny
 from tests.doubles.embedder import WAIT_S, Embedder, ask, known

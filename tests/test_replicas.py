@@ -11,11 +11,11 @@ import grpc
 import pytest
 
 from expertmesh.errors import CorruptReply, DeadlineExceeded, InvalidInput, NotFinite, Unavailable, WrongPart
-from expertmesh.rpc import replica as module
-from expertmesh.rpc.admission import require_parts
 from expertmesh.rpc.channel import open_channel
-from expertmesh.rpc.replica import State
-from expertmesh.rpc.replicas import ReplicaSet
+from expertmesh.rpc.replicas import replica as module
+from expertmesh.rpc.replicas.admission import require_parts
+from expertmesh.rpc.replicas.replica import State
+from expertmesh.rpc.replicas.replica_set import ReplicaSet
 from expertmesh.v1.description_pb2 import DescribeResponse, Part
 from expertmesh.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tests import tiny
@@ -311,7 +311,7 @@ async def test_within_the_mesh_a_refused_call_is_the_replicas_fault(code: grpc.S
 
 
 async def test_a_replica_that_hangs_costs_one_attempt_and_not_the_callers_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertmesh.rpc.caller.ATTEMPT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("expertmesh.rpc.replicas.caller.ATTEMPT_TIMEOUT_S", 0.2)
     async with served(Hanging(), Honest(2.0)) as addresses, replica_set(*addresses) as (replicas, _):
         assert [await ask(replicas) for _ in range(3)] == [2.0] * 3
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from expertmesh.errors import SetupError
-from expertmesh.rpc.resolver import parse_name, resolve
+from expertmesh.rpc.replicas.resolver import parse_name, resolve
 from tests.doubles.embedder import Embedder, ask, known
 
 NAME = "dns:///embedding:50051"

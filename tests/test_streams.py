@@ -24,8 +24,8 @@ from expertmesh.rpc.errors import error_info
 from expertmesh.rpc.guard import Guard
 from expertmesh.rpc.interceptor import CallInterceptor
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.replica import State
-from expertmesh.rpc.replicas import ReplicaSet
+from expertmesh.rpc.replicas.replica import State
+from expertmesh.rpc.replicas.replica_set import ReplicaSet
 from expertmesh.telemetry import metrics
 from expertmesh.v1.description_pb2 import DescribeResponse
 from expertmesh.v1.description_pb2_grpc import DescriptionServiceServicer, add_DescriptionServiceServicer_to_server

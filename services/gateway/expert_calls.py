@@ -16,7 +16,7 @@ from expertmesh.dispatch import Applied, ApplyExperts
 from expertmesh.errors import CorruptReply, NotFinite, Unavailable
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.replicas import ReplicaSet
+from expertmesh.rpc.replicas.replica_set import ReplicaSet
 from expertmesh.v1.expert_pb2 import ApplyRequest, ApplyResponse
 
 from .mesh import Mesh, expert_unavailable

@@ -20,7 +20,7 @@ from expertmesh.errors import (
     WrongPart,
 )
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.replica import Replica
+from expertmesh.rpc.replicas.replica import Replica
 from expertmesh.serving.generation import Generation
 from expertmesh.serving.home import HomeLost
 from expertmesh.serving.inspection import Observer, chunks

@@ -20,12 +20,12 @@ from expertmesh.checkpoint import manifest as names
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.errors import CorruptReply, Unavailable
 from expertmesh.mesh_file import MeshFile
-from expertmesh.rpc.admission import require_parts
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.link.channel import LinkChannel
-from expertmesh.rpc.replica import ReplicaEvent, State
-from expertmesh.rpc.replicas import ReplicaSet
-from expertmesh.rpc.resolver import Names
+from expertmesh.rpc.replicas.admission import require_parts
+from expertmesh.rpc.replicas.replica import ReplicaEvent, State
+from expertmesh.rpc.replicas.replica_set import ReplicaSet
+from expertmesh.rpc.replicas.resolver import Names
 from expertmesh.telemetry import metrics
 from expertmesh.telemetry.logging import event
 from expertmesh.telemetry.tracing import Tracing

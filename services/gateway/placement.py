@@ -10,7 +10,7 @@ from expertmesh.checkpoint import manifest as names
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.errors import SetupError
 from expertmesh.mesh_file import STAGES, MeshFile, Service, parse_experts
-from expertmesh.rpc.resolver import parse_name
+from expertmesh.rpc.replicas.resolver import parse_name
 
 Pair = tuple[int, int]
 

@@ -14,7 +14,7 @@ from expertmesh.dispatch import Applied, ApplyExperts, Embed, Gate, Gated, Score
 from expertmesh.errors import CorruptReply
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.replica import Replica
+from expertmesh.rpc.replicas.replica import Replica
 from expertmesh.serving.passes import Stopwatch, are_exact
 from expertmesh.v1.classifier_pb2 import Draw, SampleRequest, SampleResponse, ScoreRequest, ScoreResponse
 from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse

@@ -11,16 +11,16 @@ from typing import Any
 import grpc.aio
 
 from expertmesh import wire
-from expertmesh.rpc.admission import require_parts
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.guard import Guard
 from expertmesh.rpc.interceptor import CallInterceptor
 from expertmesh.rpc.link.servicer import LinkServicer
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.replica import ReplicaEvent
-from expertmesh.rpc.replicas import ReplicaSet
-from expertmesh.rpc.resolver import Names
+from expertmesh.rpc.replicas.admission import require_parts
+from expertmesh.rpc.replicas.replica import ReplicaEvent
+from expertmesh.rpc.replicas.replica_set import ReplicaSet
+from expertmesh.rpc.replicas.resolver import Names
 from expertmesh.rpc.server import Program, Servicer, register
 from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
 from expertmesh.v1.embedding_pb2_grpc import EmbeddingServiceStub, add_EmbeddingServiceServicer_to_server

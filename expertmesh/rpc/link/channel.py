@@ -1,6 +1,6 @@
 """The caller's side of a link, which stubs take in place of a gRPC channel.
 
-It does not retry, balance or reconnect by itself; see `rpc.replica` for who does.
+It does not retry, balance or reconnect by itself; see `rpc.replicas.replica` for who does.
 """
 
 from __future__ import annotations

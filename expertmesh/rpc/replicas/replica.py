@@ -17,10 +17,10 @@ import grpc
 import grpc.aio
 
 from expertmesh.errors import MeshError, Unavailable
-from expertmesh.rpc.caller import Caller, require_message
-from expertmesh.rpc.ejection import Record, Why
 from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.origin import Origin
+from expertmesh.rpc.replicas.caller import Caller, require_message
+from expertmesh.rpc.replicas.ejection import Record, Why
 from expertmesh.telemetry import metrics
 from expertmesh.v1.description_pb2 import DescribeRequest, DescribeResponse
 from expertmesh.v1.description_pb2_grpc import DescriptionServiceStub

@@ -1,6 +1,6 @@
 """Hedging: a pure call whose reply is late is given to another replica too, and whoever answers first is right.
 
-Both would give the same bits. It knows no replicas; see `rpc.replicas` for who is asked.
+Both would give the same bits. It knows no replicas; see `rpc.replicas.replica_set` for who is asked.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from contextvars import copy_context
 from typing import Any, Generic, TypeVar
 
 from expertmesh.errors import DeadlineExceeded
-from expertmesh.rpc.alarms import Alarms
-from expertmesh.rpc.budget import Budget
-from expertmesh.rpc.latency import Times
+from expertmesh.rpc.replicas.alarms import Alarms
+from expertmesh.rpc.replicas.budget import Budget
+from expertmesh.rpc.replicas.latency import Times
 
 AnswerT = TypeVar("AnswerT")
 Second = Callable[..., "Coroutine[Any, Any, AnswerT] | float | None"]

@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Self
 
 from expertmesh.errors import Unavailable
-from expertmesh.rpc.replica import Replica, State
-from expertmesh.rpc.resolver import Names
+from expertmesh.rpc.replicas.replica import Replica, State
+from expertmesh.rpc.replicas.resolver import Names
 
 LEAVE_TIMEOUT_S = 30.0  # what is under way at a replica that leaves gets so long
 LOOK_EVERY_S = 0.05

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.latency import Times
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.replica import Replica
+from expertmesh.rpc.replicas.latency import Times
+from expertmesh.rpc.replicas.replica import Replica
 
 ReplyT = TypeVar("ReplyT")
 

@@ -21,17 +21,17 @@ from expertmesh.errors import (
     Unavailable,
     WrongPart,
 )
-from expertmesh.rpc.asked import Asked
-from expertmesh.rpc.budget import MOST, PER_CALL, Budget, exhausted
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.ejection import SLOW_S
-from expertmesh.rpc.hedging import Hedging, Race, size_of
-from expertmesh.rpc.jury import Jury
-from expertmesh.rpc.latency import Latency, Times
-from expertmesh.rpc.members import Members
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.probation import Probation, Witness
-from expertmesh.rpc.replica import Replica, State
+from expertmesh.rpc.replicas.asked import Asked
+from expertmesh.rpc.replicas.budget import MOST, PER_CALL, Budget, exhausted
+from expertmesh.rpc.replicas.ejection import SLOW_S
+from expertmesh.rpc.replicas.hedging import Hedging, Race, size_of
+from expertmesh.rpc.replicas.jury import Jury
+from expertmesh.rpc.replicas.latency import Latency, Times
+from expertmesh.rpc.replicas.members import Members
+from expertmesh.rpc.replicas.probation import Probation, Witness
+from expertmesh.rpc.replicas.replica import Replica, State
 from expertmesh.telemetry import metrics
 
 ReplyT = TypeVar("ReplyT")

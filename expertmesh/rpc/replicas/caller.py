@@ -1,6 +1,6 @@
 """Calls to one replica, over its link or its channel; each is made once.
 
-It does not know of other replicas; see `rpc.replicas` for who is asked next.
+It does not know of other replicas; see `rpc.replicas.replica_set` for who is asked next.
 """
 
 from __future__ import annotations

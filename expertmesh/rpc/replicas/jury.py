@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from expertmesh.rpc.ejection import Record, Why
-from expertmesh.rpc.replica import Replica, State
+from expertmesh.rpc.replicas.ejection import Record, Why
+from expertmesh.rpc.replicas.replica import Replica, State
 
 
 class Jury:

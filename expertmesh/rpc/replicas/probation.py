@@ -12,10 +12,10 @@ from math import isnan
 from typing import Any, Generic, TypeVar
 
 from expertmesh.errors import MeshError, Overloaded
-from expertmesh.rpc.ejection import SLOW_S, SLOW_TIMES, Why
-from expertmesh.rpc.latency import Times
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.replica import Replica, State
+from expertmesh.rpc.replicas.ejection import SLOW_S, SLOW_TIMES, Why
+from expertmesh.rpc.replicas.latency import Times
+from expertmesh.rpc.replicas.replica import Replica, State
 from expertmesh.telemetry import metrics
 
 ReplyT = TypeVar("ReplyT")

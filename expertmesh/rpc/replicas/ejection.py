@@ -1,7 +1,7 @@
 """What one replica did lately, when that is reason to leave it, and for how long it is left.
 
 Three things are: a reply that cannot be right, failing again and again, and being much slower than its peers. A replica
-that is left is asked again after a pause, which doubles with every relapse; see `rpc.probation` for what it is asked.
+that is left is asked again after a pause, which doubles with every relapse; see `probation` for what it is asked.
 """
 
 from __future__ import annotations

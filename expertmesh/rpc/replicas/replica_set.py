@@ -1,6 +1,6 @@
 """The replicas of one service: who is in it, and calls that are answered by any of them.
 
-See `rpc.members` for who comes, goes and is asked next, `rpc.failover` for what a call does when a replica fails it.
+See `members` for who comes, goes and is asked next, `failover` for what a call does when a replica fails it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from expertmesh.errors import (
     Unavailable,
 )
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.failover import Failover
 from expertmesh.rpc.link.channel import LinkChannel
-from expertmesh.rpc.members import Members
 from expertmesh.rpc.origin import Origin
-from expertmesh.rpc.replica import Replica, ReplicaEvent, State
-from expertmesh.rpc.resolver import Names
+from expertmesh.rpc.replicas.failover import Failover
+from expertmesh.rpc.replicas.members import Members
+from expertmesh.rpc.replicas.replica import Replica, ReplicaEvent, State
+from expertmesh.rpc.replicas.resolver import Names
 from expertmesh.v1.description_pb2 import DescribeResponse
 
 ReplyT = TypeVar("ReplyT")
