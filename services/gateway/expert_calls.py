@@ -130,8 +130,8 @@ class ExpertCalls:
             layer=layer.number,
             experts=experts,
             counts=[rows.stop - rows.start for _, rows in work],
-            rows=wire.encode(sent_ND),
         )
+        wire.fill(request.rows, sent_ND)
         try:
             given_ND = await service.call("Apply", request, self._deadline, read)
         except NotFinite as error:

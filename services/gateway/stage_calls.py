@@ -139,11 +139,11 @@ class StageCalls:
 
         request = GateRequest(
             layer=call.layer,
-            rows=wire.encode(call.x_TD),
             lengths=wire.encode(call.lengths_B),
             places=self._places,
             shared_apart=self._shared_apart,
         )
+        wire.fill(request.rows, call.x_TD)
         return await self._mesh.gating.call("Gate", request, self._deadline, read, at=self._home)
 
     async def _score(self, call: Score) -> Scores:
