@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.client import Client
-from expertmesh.errors import MeshError, SetupError
+from expertmesh.errors import MeshError, SetupError, Unavailable
 from expertmesh.local import control, state
 from expertmesh.local.plan import Options, Plan, plan_mesh
 from expertmesh.local.supervisor import HANG_S, Supervisor, running
@@ -70,7 +70,9 @@ def run(coroutine: Coroutine[Any, Any, ResultT], until_told: bool = False) -> Re
 
     try:
         return asyncio.run(guarded())
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, Unavailable) as error:
+        if isinstance(error, Unavailable) and not told:
+            raise  # a call that is cancelled may end as one that failed
         if until_told and told and told[0] is not signal.SIGINT:
             sys.exit(0)
         raise KeyboardInterrupt from None
