@@ -39,7 +39,7 @@ class Service:
         replicas: Addresses: `unix:PATH`, `HOST:PORT`, `[IPV6]:PORT`, or `dns:///NAME:PORT`, behind which there may be
             several.
         experts: For kind `expert`: what it holds, as `LAYER:EXPERT`.
-        http: For kind `gateway`: the address of its HTTP side.
+        http: For kind `gateway`: the address of its HTTP side; of several gateways, in their order, with commas.
     """
 
     name: str

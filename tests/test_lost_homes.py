@@ -22,7 +22,7 @@ from expertmesh.serving import lane as module
 from expertmesh.serving.generation import Generation
 from expertmesh.serving.home import HomeLost
 from expertmesh.serving.passes import Provenance
-from expertmesh.serving.rebuilds import MAX_REBUILDS
+from expertmesh.serving.rebuilds import MAX_LOSSES
 from expertmesh.serving.scheduler import Scheduler, StepLimits
 from expertmesh.serving.steps import Work
 from expertmesh.v1.inference_pb2 import ROUTE_MESH
@@ -179,7 +179,7 @@ async def test_without_any_home_it_is_said_at_once() -> None:
 
 async def test_a_home_that_is_lost_again_and_again_is_given_up() -> None:
     home = Keeper()
-    home.fails = [HomeLost("again") for _ in range(MAX_REBUILDS + 1)]
+    home.fails = [HomeLost("again") for _ in range(MAX_LOSSES + 1)]
     async with scheduling(home) as scheduler:
         with pytest.raises(Unavailable, match="again and again"):
             await drawn(scheduler, wish(2))

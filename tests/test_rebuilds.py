@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from expertmesh.errors import Unavailable
 from expertmesh.serving.generation import Generation
-from expertmesh.serving.rebuilds import BURST_S, MAX_REBUILDS, RebuildLimits, Rebuilds
+from expertmesh.serving.rebuilds import BURST_S, MAX_LOSSES, RebuildLimits, Rebuilds
 from expertmesh.serving.scheduler import StepLimits
 from expertmesh.telemetry import metrics
 from tests.doubles.keeper import Keeper, begun, drawn, followers, scheduling, wish
@@ -80,7 +80,7 @@ async def test_it_calls_when_more_may_be_taken() -> None:
 async def test_what_is_too_long_or_was_lost_too_often_is_given_up() -> None:
     rebuilds = Rebuilds(RebuildLimits(most_tokens=100), lambda: None)
     fits, long, unlucky = Generation(wish(100)), Generation(wish(99), [1, 2]), Generation(wish(5))
-    unlucky.rebuilds = MAX_REBUILDS + 1
+    unlucky.losses = MAX_LOSSES + 1
     rebuilds.add([fits, long, unlucky])
     assert rebuilds.due() == [fits]
     assert "101 tokens" in str(await ended(long))

@@ -22,7 +22,6 @@ from expertmesh.serving import shedding
 from expertmesh.serving.overlap import MOST_LEVEL, Overlap, Started
 from expertmesh.serving.pass_times import PassTimes
 from expertmesh.serving.returns import Returns
-from expertmesh.serving.shedding import PATIENCE
 from expertmesh.telemetry import metrics, tracing
 
 WorkT = TypeVar("WorkT")
@@ -168,12 +167,9 @@ class Batcher(Generic[WorkT, AnswerT]):
         texts += min(self._waiting_texts, turns * TURN * len(self._turns))
         characters += self._waiting_characters if texts > self._waiting_texts else 0
         passes = max(1.0, texts / self._limits.pass_texts, characters / self._limits.pass_characters)
-        before_s = sum(map(self._left_s, self._passes.values())) / max(1, len(self._passes))
-        return before_s + passes * self._pass_times.of(texts / passes) / self._level()
-
-    def _left_s(self, one: _Pass[WorkT, AnswerT]) -> float:
-        """How long a pass will still be under way."""
-        return max(0.0, self._pass_times.of(len(one.taken)) - (time.monotonic() - one.started_s))
+        under_way = self._passes.values()
+        before_s = sum(self._pass_times.left_s(len(one.taken), one.started_s) for one in under_way)
+        return before_s / max(1, len(under_way)) + passes * self._pass_times.of(texts / passes) / self._level()
 
     def _level(self) -> int:
         return self._overlap.level(*self._load())
@@ -215,12 +211,14 @@ class Batcher(Generic[WorkT, AnswerT]):
         self._turns.move_to_end(next(iter(self._ages)), last=False)
         while self._turns and len(taken) < most:
             call = next(iter(self._turns))
-            if self._is_hopeless(call) and (taken or len(self._turns) > 1):
+            is_hopeless = self._limits.sheds and self._pass_times.is_hopeless(call.deadline)
+            if is_hopeless and (taken or len(self._turns) > 1):
                 self._remove(call)
                 expected_s = self._expected_s(len(call.work), 0) or self._pass_times.of(1)
                 _fail(call, shedding.dropped("pass", expected_s))
                 continue
-            most = min(most, self._most_texts(call))
+            if self._limits.sheds:
+                most = min(most, self._pass_times.most_texts(call.deadline))
             for _ in range(min(TURN, most - len(taken), len(call.work) - call.taken)):
                 weight = self._weigh(call.work[call.taken])
                 if taken and characters + weight > self._limits.pass_characters:
@@ -234,16 +232,6 @@ class Batcher(Generic[WorkT, AnswerT]):
             if call.taken == len(call.work):
                 self._remove(call)
         return taken
-
-    def _is_hopeless(self, call: _Call[WorkT, AnswerT]) -> bool:
-        sheds = self._limits.sheds and self._pass_times.are_known
-        return sheds and call.deadline.at_s - time.monotonic() < self._pass_times.of(1)
-
-    def _most_texts(self, call: _Call[WorkT, AnswerT]) -> int:
-        """Texts of the largest pass that is done in time for a call that is in it."""
-        if not self._limits.sheds or not self._pass_times.are_known:
-            return self._limits.pass_texts
-        return self._pass_times.most_texts(PATIENCE * (call.deadline.at_s - time.monotonic()))
 
     def _remove(self, call: _Call[WorkT, AnswerT]) -> None:
         """It does not wait any more."""

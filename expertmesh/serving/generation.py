@@ -110,6 +110,7 @@ class Generation:
         id: Names it to gating; nobody can guess it.
         left: Whether nobody waits for it any more.
         rebuilds: How often it had to be computed anew.
+        losses: How often because its cache was lost, and not because it was moved.
         heard_s: When its home last heard of it, on the clock of `time.monotonic`.
         opened_s: When a home took it, on the same clock.
         first_s: When its first token came.
@@ -125,6 +126,7 @@ class Generation:
     id: bytes = field(default_factory=lambda: Generation.new_id())
     left: bool = False
     rebuilds: int = 0
+    losses: int = 0
     heard_s: float = 0.0
     opened_s: float = 0.0
     first_s: float = 0.0
@@ -169,11 +171,12 @@ class Generation:
         """Tokens generated so far."""
         return len(self.ids) - len(self.wish.prompt)
 
-    def restart(self) -> None:
-        """What was cached of it is lost: it has to be computed anew from its tokens."""
+    def restart(self, is_loss: bool = True) -> None:
+        """What was cached of it is lost, or left behind in good order: it has to be computed anew from its tokens."""
         self.cached = 0
         self.epoch += 1
         self.rebuilds += 1
+        self.losses += is_loss
         if not self.generated:  # tokens that were drawn depend on who computed them, whatever is computed anew
             self.witnesses = Witnesses()
 

@@ -160,7 +160,7 @@ class Lane:
         moving = [one for one in self._running if one not in self._busy and not one.left][:room]
         if moving:
             self._release(moving)
-            self._scheduler.rebuild(moving)
+            self._scheduler.rebuild(moving, is_loss=False)
 
     def _wait_for_room(self) -> None:
         """Nothing is opened until something was released here; another program may have, so look again anyway."""

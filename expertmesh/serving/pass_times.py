@@ -6,7 +6,13 @@ as all were of one size their time is taken to grow with the texts, which is too
 
 from __future__ import annotations
 
+import time
+
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.serving.shedding import PATIENCE
+
 FADES = 0.9  # of its weight a pass keeps when the next one comes in
+MOST_TEXTS = 2**31
 LEAST_SPREAD = 0.25  # variance of sizes, in texts squared, below which nothing is known of what a text adds
 
 
@@ -34,15 +40,26 @@ class PassTimes:
         pass_s, text_s = self._line()
         return pass_s + text_s * texts
 
-    def most_texts(self, seconds: float) -> int:
-        """Texts of the largest pass that takes no longer.
+    def left_s(self, texts: int, started_s: float) -> float:
+        """Seconds that a pass will still be under way."""
+        return max(0.0, self.of(texts) - (time.monotonic() - started_s))
+
+    def is_hopeless(self, deadline: Deadline) -> bool:
+        """Whether a pass that starts now, if it is no more than one text, is likely to come too late."""
+        return self.are_known and deadline.at_s - time.monotonic() < self.of(1)
+
+    def most_texts(self, deadline: Deadline) -> int:
+        """Texts of the largest pass that is done in time if it starts now.
 
         It is never smaller than one in which the texts cost as much as the pass itself: below that, keeping to one
         deadline would take too much from everybody else.
         """
+        if not self.are_known:
+            return MOST_TEXTS
+        seconds = PATIENCE * (deadline.at_s - time.monotonic())
         pass_s, text_s = self._line()
         if text_s <= 0:
-            return 2**31
+            return MOST_TEXTS
         return max(1, int(max(seconds - pass_s, pass_s) / text_s))
 
     def _line(self) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from expertmesh.errors import Unavailable
 from expertmesh.serving.generation import Generation
 from expertmesh.telemetry import metrics
 
-MAX_REBUILDS = 8
+MAX_LOSSES = 8
 BURST_S = 1.0  # the rows of so many seconds may be spent at once
 
 
@@ -59,7 +59,7 @@ class Rebuilds:
     def add(self, generations: Sequence[Generation]) -> None:
         """Takes sequences on, and ends those that are too long or were lost too often."""
         for generation in generations:
-            if generation.rebuilds > MAX_REBUILDS:
+            if generation.losses > MAX_LOSSES:
                 generation.fail(Unavailable("its KV cache was lost again and again", "gating"))
             elif 0 < self._limits.most_tokens < len(generation.ids):
                 most = self._limits.most_tokens

@@ -125,10 +125,10 @@ class Scheduler:
         self._waiting.extendleft(reversed(generations))
         self.wake()
 
-    def rebuild(self, generations: Sequence[Generation]) -> None:
-        """Takes sequences on whose cache is lost."""
+    def rebuild(self, generations: Sequence[Generation], is_loss: bool = True) -> None:
+        """Takes sequences on whose cache is lost, or is left since its home leaves."""
         for generation in generations:
-            generation.restart()
+            generation.restart(is_loss)
         self._rebuilds.add([one for one in generations if not one.left])
         self.wake()
 
