@@ -69,6 +69,7 @@ class Child:
     def begin(self) -> None:
         """Is called when it is about to be started."""
         self.leaving = False
+        self.healthy_since_s = math.inf
         self.ended.clear()
         self.outcome = asyncio.get_running_loop().create_future()
 
@@ -103,6 +104,18 @@ async def until_serving(address: str) -> None:
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:
                     return
                 await asyncio.sleep(0.05)
+
+
+async def answers(address: str, timeout_s: float) -> bool:
+    """Whether a process says anything of its health."""
+    async with open_channel(address) as channel:
+        try:
+            await health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True
+            )
+        except grpc.aio.AioRpcError:
+            return False
+    return True
 
 
 async def until_silent(address: str, hang_s: float) -> None:

@@ -74,7 +74,11 @@ class Nursery:
 
     def _start(self, command: dict[str, Any]) -> None:
         nursery = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:  # no memory or no process number left just now; whoever asked may ask again
+            self._tell({"event": "ended", "name": command["name"], "pid": 0, "status": 1})
+            return
         if pid == 0:
             _become(command, nursery)
         self._pid2name[pid] = command["name"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from expertmesh.errors import SetupError
 from expertmesh.local import logs
-from expertmesh.local.child import Child, until_serving, until_silent
+from expertmesh.local.child import Child, answers, until_serving, until_silent
 from expertmesh.local.lifeline import Lifeline
 from expertmesh.local.plan import START_TIMEOUT_S, Process
 
@@ -172,8 +172,13 @@ class Processes:
             self.failure.set_exception(SetupError("the process that starts the services ended; so did they"))
 
     async def _follow(self, child: Child, lifeline: Lifeline) -> None:
-        """Sees a process healthy, and kills it if it hangs later."""
-        await until_serving(child.process.address)
+        """Sees a process healthy, and kills it if it hangs, before that or later."""
+        try:
+            await self._until_serving(child)
+        except TimeoutError:
+            self._set(child, f"no answer within {START_TIMEOUT_S:.0f} s, so it is killed")
+            lifeline.signal(child.pid, signal.SIGKILL)
+            return
         child.outcome.set_result(True)
         child.healthy_since_s = time.monotonic()
         self._set(child, "ready")
@@ -181,6 +186,21 @@ class Processes:
             await until_silent(child.process.address, self._hang_s)
             self._set(child, f"no answer for {self._hang_s:.0f} s, so it is killed")
             lifeline.signal(child.pid, signal.SIGKILL)
+
+    async def _until_serving(self, child: Child) -> None:
+        """Waits as long as a process says at least that it does not serve yet.
+
+        Raises:
+            TimeoutError: It says nothing, and one that hangs is to be killed.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(START_TIMEOUT_S if self._restart and self._hang_s else None):
+                    await until_serving(child.process.address)
+                return
+            except TimeoutError:
+                if not await answers(child.process.address, self._hang_s):
+                    raise
 
     def _ended(self, child: Child, status: int) -> None:
         child.end(status)
@@ -191,7 +211,7 @@ class Processes:
             self._spawn(self._start_again(child))
 
     async def _start_again(self, child: Child) -> None:
-        delay_s = min(RESTART_FIRST_S * 2**child.restarts, RESTART_MOST_S)
+        delay_s = min(RESTART_FIRST_S * 2 ** min(child.restarts, 16), RESTART_MOST_S)
         self._set(child, f"restarting in {delay_s:.1f} s")
         await asyncio.sleep(delay_s)
         if self._is_missed(child):

@@ -278,6 +278,8 @@ class Batcher(Generic[WorkT, AnswerT]):
             pass_s = time.monotonic() - ended.started_s
             self._pass_times.add(len(ended.taken), pass_s)
             self._returns.answered(sum(call.done.done() for call in ended.calls), pass_s)
+        elif ended.left == len(ended.calls):  # all have gone, most likely since it took too long
+            self._pass_times.add_lost(len(ended.taken), time.monotonic() - ended.started_s)
         for call in ended.calls:
             call.passes.discard(task)
             if error is not None:  # nobody may wait for a pass that is over

@@ -39,3 +39,16 @@ class Durations:
         self._tokens.add(generation.generated)
         if generation.generated > 1:
             self._next_s.add((now_s - generation.first_s) / (generation.generated - 1))
+
+    def observe_late(self, generation: Generation) -> None:
+        """Takes in what a sequence took until its deadline came, lest those that are too slow are never heard of."""
+        if generation.rebuilds or generation.known or not generation.opened_s or self._whole_s.value is None:
+            return
+        took_s = time.monotonic() - generation.opened_s
+        self._whole_s.add(max(took_s, self._whole_s.value))
+        if not generation.generated:
+            self._first_s.add(max(took_s, self._first_s.value or 0.0))
+            return
+        self._first_s.add(generation.first_s - generation.opened_s)
+        if generation.generated > 1:
+            self._next_s.add((took_s - (generation.first_s - generation.opened_s)) / (generation.generated - 1))

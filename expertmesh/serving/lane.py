@@ -157,7 +157,8 @@ class Lane:
         if not self.home.is_leaving:
             return
         room = self._scheduler.room_elsewhere(self)
-        moving = [one for one in self._running if one not in self._busy and not one.left][:room]
+        idle = [one for one in self._running if one not in self._busy and not one.left]
+        moving = [one for one in idle if self._scheduler.may_rebuild(one)][:room]
         if moving:
             self._release(moving)
             self._scheduler.rebuild(moving, is_loss=False)
@@ -170,6 +171,7 @@ class Lane:
 
     def _look_again(self) -> None:
         self.is_full = False
+        self._fits = max(self._fits, self.load + 1)  # one will be tried
         self._retry = None
         self._scheduler.wake()
 
@@ -305,8 +307,8 @@ class Lane:
     async def _lose_home(self) -> None:
         """Everything here has to be computed anew; steps that are still under way are of no use."""
         await self._stop_steps()
+        await self.home.release(self._running)  # they count as running meanwhile, or this lane could be closed
         lost, self._running = self._running, []
-        await self.home.release(lost)
         self._scheduler.rebuild(lost)
 
     def _fail(self, generations: Sequence[Generation], error: MeshError) -> None:

@@ -1,12 +1,13 @@
 """How long passes take, by the number of their texts: what every pass costs, and what each text adds.
 
 Both come of the passes of lately, the newer ones counting more (weighted least squares over a straight line). As long
-as all were of one size their time is taken to grow with the texts, which is too much rather than too little.
+as all were of one size, a text is taken to add nothing, and the next pass is at most twice as large: so that is learnt.
 """
 
 from __future__ import annotations
 
 import time
+from math import ceil
 
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.serving.shedding import PATIENCE
@@ -35,6 +36,11 @@ class PassTimes:
         self._squares = FADES * self._squares + texts * texts
         self._products = FADES * self._products + texts * seconds
 
+    def add_lost(self, texts: int, seconds: float) -> None:
+        """Takes in a pass that was ended before it was answered, if it had taken longer than others by then."""
+        if not self.are_known or seconds > self.of(texts):
+            self.add(texts, seconds)
+
     def of(self, texts: float) -> float:
         """Seconds that a pass of so many texts takes; only once some are known."""
         pass_s, text_s = self._line()
@@ -58,16 +64,21 @@ class PassTimes:
             return MOST_TEXTS
         seconds = PATIENCE * (deadline.at_s - time.monotonic())
         pass_s, text_s = self._line()
+        if self._spread < LEAST_SPREAD:
+            return 2 * ceil(self._texts / self._weight)
         if text_s <= 0:
             return MOST_TEXTS
         return max(1, int(max(seconds - pass_s, pass_s) / text_s))
 
+    @property
+    def _spread(self) -> float:
+        return self._squares / self._weight - (self._texts / self._weight) ** 2
+
     def _line(self) -> tuple[float, float]:
         """Seconds of every pass, and of each text in it."""
         mean_texts, mean_s = self._texts / self._weight, self._seconds / self._weight
-        spread = self._squares / self._weight - mean_texts**2
-        if spread < LEAST_SPREAD:
-            return 0.0, mean_s / mean_texts
-        text_s = max(0.0, (self._products / self._weight - mean_texts * mean_s) / spread)
+        if self._spread < LEAST_SPREAD:
+            return mean_s, 0.0
+        text_s = max(0.0, (self._products / self._weight - mean_texts * mean_s) / self._spread)
         text_s = min(text_s, mean_s / mean_texts)
         return mean_s - text_s * mean_texts, text_s

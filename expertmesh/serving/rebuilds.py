@@ -42,7 +42,7 @@ class Rebuilds:
     """
 
     def __init__(
-        self, limits: RebuildLimits, wake: Callable[[], None], clock: Callable[[], float] = time.monotonic
+        self, limits: RebuildLimits, wake: Callable[[], None], clock: Callable[[], float] = lambda: time.monotonic()
     ) -> None:
         self._limits = limits
         self._wake = wake
@@ -61,13 +61,17 @@ class Rebuilds:
         for generation in generations:
             if generation.losses > MAX_LOSSES:
                 generation.fail(Unavailable("its KV cache was lost again and again", "gating"))
-            elif 0 < self._limits.most_tokens < len(generation.ids):
+            elif not self.takes(generation):
                 most = self._limits.most_tokens
                 text = f"{len(generation.ids)} tokens would have to be computed anew; that is done for at most {most}"
                 generation.fail(Unavailable(text, "gating"))
             else:
                 self._waiting.append(generation)
         self._waiting.sort(key=lambda one: len(one.ids))  # of equals whoever came first
+
+    def takes(self, generation: Generation) -> bool:
+        """Whether a sequence is not too long."""
+        return not 0 < self._limits.most_tokens < len(generation.ids)
 
     def due(self) -> list[Generation]:
         """Takes out those that may be computed anew now; it will call when there are more."""

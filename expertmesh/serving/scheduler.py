@@ -91,6 +91,8 @@ class Scheduler:
             if generation in self._waiting:
                 self._waiting.remove(generation)
             self._rebuilds.discard(generation)
+            if time.monotonic() >= wish.deadline.at_s:
+                self._durations.observe_late(generation)
             self.wake()
 
     def close(self) -> None:
@@ -112,9 +114,13 @@ class Scheduler:
         return None if emptier else self._waiting.popleft()
 
     def room_elsewhere(self, lane: Lane) -> int:
-        """How many sequences of a lane others probably have room for, beside those that wait."""
+        """How many sequences of a lane others probably have room for, beside those that have none."""
         room = sum(other.room for other in self._lanes.values() if other is not lane)
-        return max(0, room - len(self._waiting))
+        return max(0, room - len(self._waiting) - len(self._rebuilds))
+
+    def may_rebuild(self, generation: Generation) -> bool:
+        """Whether a sequence is not too long to be computed anew."""
+        return self._rebuilds.takes(generation)
 
     def ended(self, generation: Generation) -> None:
         """A generation has all its tokens."""
