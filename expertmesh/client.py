@@ -127,7 +127,7 @@ class Client:
     def _may_resume(self, error: grpc.aio.AioRpcError, so_far: Resumption) -> bool:
         """Whether a stream was lost with its gateway, which told no reason of the mesh, and can be had again."""
         is_lost = error.code() in LOST and not error_info(error)
-        return self._has_several and is_lost and so_far.has_begun and so_far.is_exact
+        return self._has_several and is_lost and so_far.is_exact
 
     async def complete(self, request: GenerateRequest) -> CompleteResponse:
         """Generates, and answers when all is done."""

@@ -8,6 +8,7 @@
     ├── Unavailable         UNAVAILABLE          no replica of a stage answers; `stage` names it
     ├── DeadlineExceeded    DEADLINE_EXCEEDED    the caller's time is over
     ├── CorruptReply        DATA_LOSS            a replica answered with something that cannot be right
+    │   ├── Failed                               it failed by itself, which the request may be the cause of
     │   └── NotFinite                            it computed NaN or infinity, which may be the model's own doing
     └── SetupError          (never on the wire)  a program cannot start: settings, files, ports
         └── BadCheckpoint                        a model folder is missing, damaged or not understood
@@ -100,6 +101,10 @@ class CorruptReply(MeshError):
         self.stage = stage
         self.layer: int | None = None
         self.expert: int | None = None
+
+
+class Failed(CorruptReply):
+    """A replica failed by itself: its fault, or what every replica makes of the request."""
 
 
 class NotFinite(CorruptReply):

@@ -59,7 +59,7 @@ async def test_a_busy_replica_is_not_at_fault_and_another_answers() -> None:
     async with served(busy, other) as addresses, replica_set(*addresses) as (replicas, events):
         replicas._failover.refusals_are_faults = True
         assert [await ask(replicas) for _ in range(8)] == [2.0] * 8
-        assert busy.calls > 1
+        assert busy.calls >= 1  # and then others are asked first for a moment
         assert len(replicas.live) == 2
         assert {event.what for event in events.seen} == {"live", "retried"}
 

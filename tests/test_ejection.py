@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import grpc
 import pytest
 
-from expertmesh.errors import MeshError, NotFinite, Unavailable
+from expertmesh.errors import NotFinite, Unavailable
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replicas import ejection
 from expertmesh.rpc.replicas.ejection import FAILURES_IN_ROW, FORGIVEN_S, LATE_IN_ROW, PAUSE_MOST_S, Record, Why
@@ -159,13 +158,10 @@ async def test_a_replica_whose_weights_are_changed_does_not_return() -> None:
 async def test_the_only_replica_is_tried_again_after_its_pause() -> None:
     lone = Moody(2.0)
     async with served(lone) as addresses, replica_set(*addresses) as (replicas, events):
-        lone.code = grpc.StatusCode.INTERNAL
-        with suppress(MeshError):
-            await ask(replicas)
+        replicas.replicas[0].refuse("its reply cannot be right")
         assert replicas.replicas[0].state is State.EJECTED
         with pytest.raises(Unavailable, match="1 ejected"):
             await ask(replicas)
-        lone.code = None
         await events.until(lambda: events.count("returned") == 1)
         assert await ask(replicas) == 2.0
 

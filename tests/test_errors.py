@@ -229,9 +229,9 @@ def test_a_peer_without_details_is_named_by_its_stage() -> None:
         grpc.StatusCode.ABORTED,
     ],
 )
-def test_a_peers_inner_failure_is_a_corrupt_reply_without_its_text(code: grpc.StatusCode) -> None:
+def test_a_peers_inner_failure_is_told_without_its_text(code: grpc.StatusCode) -> None:
     back = from_call(call_error(code, SECRET), "gating")
-    assert type(back) is errors.CorruptReply
+    assert type(back) is errors.Failed
     assert "secret" not in str(back)
 
 

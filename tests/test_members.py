@@ -190,6 +190,10 @@ async def test_under_load_nothing_is_lost_while_replicas_come_and_go() -> None:
                 replicas.set_addresses(chosen)
                 await events.until(lambda chosen=chosen: {one.address for one in replicas.replicas} == set(chosen))
                 await events.until(lambda chosen=chosen: {one.address for one in replicas.live} == set(chosen))
+                expected, before = {float(addresses.index(one)) for one in chosen}, len(answers)
+                async with asyncio.timeout(30):
+                    while not expected <= set(answers[before:]):
+                        await asyncio.sleep(0.001)
             ended.set()
             await asyncio.gather(*callers)
     assert failures == []

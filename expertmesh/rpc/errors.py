@@ -22,6 +22,7 @@ _CODES: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.CorruptReply: grpc.StatusCode.DATA_LOSS,
+    errors.Failed: grpc.StatusCode.DATA_LOSS,
     errors.NotFinite: grpc.StatusCode.DATA_LOSS,
 }
 
@@ -124,7 +125,7 @@ def from_status(code: grpc.StatusCode, text: str, details: bytes, stage: str) ->
         case grpc.StatusCode.UNIMPLEMENTED:
             return errors.WrongPart(f"{stage} does not offer this call; it is off unless its settings switch it on")
         case _:
-            return errors.CorruptReply(f"{stage} failed")
+            return errors.Failed(f"{stage} failed", stage)
 
 
 def _details(error: grpc.aio.AioRpcError) -> bytes:

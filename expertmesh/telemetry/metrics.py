@@ -115,8 +115,13 @@ class Work:
 
 def forget_service(service: str) -> None:
     """Removes what was told of a service that has left the mesh."""
-    for metric in (REPLICA_EVENTS, REPLICAS_LIVE):
+    for metric in (REPLICA_EVENTS, REPLICAS_LIVE, EJECTIONS):
         metric.remove_by_labels({"service": service})
+
+
+def forget_replica(service: str, address: str) -> None:
+    """Removes what was told of a replica that has left."""
+    EJECTIONS.remove_by_labels({"service": service, "address": address})
 
 
 def exposition() -> bytes:

@@ -287,6 +287,8 @@ class Mesh:
     def _follow_event(self, happened: ReplicaEvent) -> None:
         if happened.service in self._name2set:
             metrics.REPLICA_EVENTS.labels(happened.service, happened.what).inc()
+        if happened.what == "left":
+            metrics.forget_replica(happened.service, happened.address)
         self._tell_live()
         self._happened.set()
         level = logging.INFO if happened.what in ORDERLY else logging.WARNING

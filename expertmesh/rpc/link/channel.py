@@ -100,7 +100,7 @@ class LinkChannel:
     async def close(self) -> None:
         """Ends the connection; what is under way fails."""
         if self._connection is not None:
-            self._connection.close()
+            self._connection.abort()  # a process that hangs never reads what is left
         if self._stream is not None:
             self._stream.cancel()
             await asyncio.gather(self._stream, return_exceptions=True)

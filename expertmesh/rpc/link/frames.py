@@ -49,4 +49,7 @@ class Connection(Protocol):
         """Sends no more; the other side reads what has been sent, and then ends the connection."""
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Ends the connection, what has been sent being delivered first."""
+
+    def abort(self) -> None:
+        """Ends the connection at once."""

@@ -134,6 +134,11 @@ class SocketConnection(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.close()
 
+    def abort(self) -> None:
+        """Ends the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
     def _give_up(self) -> None:
         """Ends the connection, since where the next frame begins is not certain any more."""
         self.is_damaged = True

@@ -64,6 +64,10 @@ class StreamConnection:
         self._closing = True
         self._wake.set()
 
+    def abort(self) -> None:
+        """Ends the stream; whoever runs it is cancelled."""
+        self.close()
+
     async def _read(self) -> None:
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it has ended; whoever waits is told by on_end
             while (head := await self._stream.read()) is not grpc.aio.EOF and head is not None:

@@ -27,6 +27,7 @@ class Asked(Generic[ReplyT]):
         times: How long calls like it take; None unless its reply depends on nothing but the request.
         tried: The addresses that were asked.
         suspects: Who computed rows that are not finite.
+        failed: Who failed by itself, or refused, and why: its fault if another answers.
     """
 
     method: str
@@ -37,3 +38,4 @@ class Asked(Generic[ReplyT]):
     times: Times | None
     tried: list[str] = field(default_factory=list)
     suspects: list[Replica] = field(default_factory=list)
+    failed: list[tuple[Replica, str]] = field(default_factory=list)

@@ -5,6 +5,7 @@ It does not know of other replicas; see `rpc.replicas.replica_set` for who is as
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
 from math import inf
 from typing import Any, TypeVar
@@ -107,6 +108,15 @@ class Caller:
             return reply, Origin.of_metadata(await call.trailing_metadata())
         except grpc.aio.AioRpcError as error:
             raise from_call(error, self._service) from None
+        except asyncio.CancelledError:
+            raise self._unless_cancelled() from None
+
+    def _unless_cancelled(self) -> BaseException:
+        """What is to be raised for a call that was cancelled: by whoever waits, or as its channel was closed."""
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            return asyncio.CancelledError()
+        return Unavailable(f"{self._service} does not answer", self._service)
 
     async def stream(
         self, method: str, request: Any, timeout_s: float, read: Callable[[Any], Iterable[ReplyT]]
@@ -130,6 +140,8 @@ class Caller:
                     yield item
         except grpc.aio.AioRpcError as error:
             raise from_call(error, self._service) from None
+        except asyncio.CancelledError:
+            raise self._unless_cancelled() from None
         finally:
             self.calls_under_way -= 1
             call.cancel()  # a stream that nobody reads any more is not ended by itself

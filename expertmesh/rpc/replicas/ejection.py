@@ -40,6 +40,8 @@ class Record:
 
     Attributes:
         why: Why it was left and has not returned yet; None if it is in the traffic.
+        differs: Whether it was seen to compute other bits than another; only equal ones, or a new connection, which may
+            be to a new process, make up for that.
         slowness: How long its answers take, as multiples of the median of calls like them.
         failing_share: Share of its calls that failed.
     """
@@ -51,6 +53,7 @@ class Record:
         self._failures_in_row = self._late_in_row = self._answers = 0
         self.failing_share, self.slowness = 0.0, 1.0
         self.why: Why | None = None
+        self.differs = False
 
     @property
     def pause_s(self) -> float:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from expertmesh.errors import (
     CorruptReply,
+    Failed,
     InvalidInput,
     NonFiniteInput,
     NotFinite,
@@ -35,6 +36,8 @@ from expertmesh.rpc.replicas.replica import Replica, State
 from expertmesh.telemetry import metrics
 
 ReplyT = TypeVar("ReplyT")
+
+COMPARED_LATELY_S = 10.0
 
 
 class Failover:
@@ -58,6 +61,7 @@ class Failover:
         self._hedging, self._latency, self._probation = Hedging(), Latency(), Probation(service)
         self._why2calls = {why: metrics.CALLS.labels(service, why) for why in ("first", "retry", "hedge")}
         self.jury = Jury(lambda: members.live)
+        self._compared_s = -inf
 
     async def close(self) -> None:
         """Ends what nobody waits for."""
@@ -78,6 +82,7 @@ class Failover:
             self.jury.keeps_sequences = True
         elif (size := size_of(method, request)) is not None:
             times = self._latency.of(method, size)
+            self._compared_s = monotonic()
         asked = Asked(method, request, deadline, read, at, times)
         self.retries.earn()
         why = "first"
@@ -97,6 +102,11 @@ class Failover:
                 if not is_free and not self.retries.take():
                     raise exhausted(self._service, error) from None
             why = "retry"
+
+    @property
+    def compares(self) -> bool:
+        """Whether calls were made lately whose replies can be compared."""
+        return monotonic() - self._compared_s < COMPARED_LATELY_S
 
     def begin(self, replica: Replica, why: str) -> None:
         """Takes down that a replica is called, and why: "first", "retry" or "hedge"."""
@@ -158,11 +168,18 @@ class Failover:
         except Unavailable as error:
             self.jury.failed(replica, str(error))
             raise
+        except Failed as error:
+            if asked.at is not None:
+                raise self.wrong(replica, error) from None
+            raise self._suspect(asked, replica, error) from None
         except CorruptReply as error:
             raise self.wrong(replica, error) from None
         except (InvalidInput, WrongPart) as error:
             if self.refusals_are_faults and asked.at is None:
-                raise self.wrong(replica, error) from None
+                raise self._suspect(asked, replica, error) from None
+            raise
+        except Overloaded:
+            replica.is_busy()
             raise
         if times is None:
             replica.record.answered()
@@ -174,7 +191,14 @@ class Failover:
                 self.jury.look(replica)
         for suspect in asked.suspects:
             suspect.refuse("it computed rows that are not finite where another replica's are")
+        for one, reason in asked.failed:
+            one.refuse(f"another answered what it did not: {reason}")
         return answer
+
+    def _suspect(self, asked: Asked[ReplyT], replica: Replica, error: Exception) -> CorruptReply:
+        """Takes down who failed: if all do, it is the request, and nobody is to be left for that."""
+        asked.failed.append((replica, str(error)))
+        return CorruptReply(f"{self._service} gave a reply that cannot be right: {error}", self._service)
 
     def wrong(self, replica: Replica, error: Exception) -> CorruptReply:
         """Leaves a replica whose reply cannot be right; gives the error that says so."""

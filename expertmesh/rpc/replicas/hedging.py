@@ -115,7 +115,10 @@ class Race(Generic[AnswerT]):
         cancelling = task.cancelling() if task is not None else 0
         self._alarms.set(self, self._late_s)
         try:
-            return await first
+            answer = await first
+            if self.second_won and task is not None:
+                task.uncancel()  # it had an answer all the same
+            return answer
         except BaseException as error:
             if self.second_won and self._other is not None and task is not None:
                 if task.uncancel() > cancelling:

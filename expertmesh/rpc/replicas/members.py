@@ -10,6 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from math import inf
+from time import monotonic
 from types import TracebackType
 from typing import Self
 
@@ -37,7 +38,7 @@ class Members:
         names: Callable[[Callable[[list[str]], None]], Names] = Names,
     ) -> None:
         self._make = make
-        self._is_open = False
+        self._is_open = self._is_leaving = False
         self._address2member: dict[str, Replica] = {}
         self._follows: dict[Replica, asyncio.Task[None]] = {}
         self._leaves: dict[Replica, asyncio.Task[None]] = {}
@@ -74,7 +75,7 @@ class Members:
         ]
 
     def pick(self, tried: Sequence[str], at: Replica | None = None) -> Replica | None:
-        """Whom to ask next: the one with the fewest calls under way, among equals in turn; who drains, last.
+        """Whom to ask next: the one with the fewest calls under way, among equals in turn; who is busy or drains, last.
 
         Args:
             tried: Addresses that are not to be asked again.
@@ -82,10 +83,11 @@ class Members:
         """
         if at is not None:
             return at if at.answers and at.address not in tried else None
-        best, least = None, (inf, inf, inf)
+        best, least, now_s = None, (inf, inf, inf, inf), monotonic()
         for one in self.replicas:
             if one.answers and one.address not in tried:
-                rank = (one.state is State.DRAINING, one.calls_under_way, one.last_turn)
+                draining, busy = one.state is State.DRAINING, one.is_busy_at(now_s)
+                rank = (draining, busy, one.calls_under_way, one.last_turn)
                 if rank < least:
                     best, least = one, rank
         return best
@@ -120,6 +122,7 @@ class Members:
 
     async def leave(self) -> None:
         """Lets all of them leave, and waits until they are gone."""
+        self._is_leaving = True
         self.set_addresses(())
         await asyncio.gather(*self._leaves.values(), return_exceptions=True)
 
@@ -146,7 +149,7 @@ class Members:
         """Waits until nobody needs a replica that leaves, and forgets it."""
         left_s = LEAVE_TIMEOUT_S
         while replica.answers and left_s > 0:
-            if not self._address2member or any(one.state is State.LIVE for one in self.replicas):
+            if self._is_leaving or any(one.state is State.LIVE for one in self.replicas):
                 if not replica.is_needed:
                     break
                 left_s -= LOOK_EVERY_S

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
+from time import monotonic
 from typing import Any, Generic, TypeVar
 
 from expertmesh.errors import MeshError, Overloaded
@@ -60,8 +61,9 @@ class Probation:
 
     def next_of(self, replicas: Sequence[Replica]) -> Replica | None:
         """A replica that has to prove itself and is not just about to."""
+        now_s = monotonic()
         for one in replicas:
-            if one.state is State.ON_PROBATION and one.address not in self._address2task:
+            if one.state is State.ON_PROBATION and one.address not in self._address2task and not one.is_busy_at(now_s):
                 return one
         return None
 
@@ -89,7 +91,8 @@ async def _prove(replica: Replica, method: str, request: Any, witness: Witness[A
     try:
         reply, origin = await replica.attempt(method, request, 2 * TIMEOUT_S, lambda *given: given, patience_s)
     except Overloaded:
-        return  # the next call is its next chance
+        replica.is_busy()  # a later call is its next chance
+        return
     except MeshError as error:
         if replica.state is State.ON_PROBATION:
             replica.eject(replica.record.why or Why.FAILING, f"on probation: {error}")
@@ -98,6 +101,8 @@ async def _prove(replica: Replica, method: str, request: Any, witness: Witness[A
         return  # it was lost, or taken back, meanwhile
     compared = COMPARED.get(method, lambda reply: reply)
     if origin.profile == witness.origin.profile and compared(reply) != compared(witness.reply):
+        replica.record.differs = True
         replica.refuse("on probation: its reply is not its peer's")
     else:
+        replica.record.differs = False
         replica.acquit("it answers as its peer does")

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from math import inf
+from time import monotonic
 from typing import Any, TypeVar
 
 import grpc
@@ -30,6 +31,7 @@ ReplyT = TypeVar("ReplyT")
 DESCRIBE_TIMEOUT_S = 1.0
 RETRY_FIRST_S = 0.1
 RETRY_MOST_S = 0.5
+BUSY_S = 0.1
 RETRY_REFUSED_S = 2.0
 
 
@@ -96,6 +98,7 @@ class Replica:
         self.description = DescribeResponse()
         self.sequences = 0
         self.last_turn = 0
+        self._busy_until_s = 0.0
         self._caller = Caller(service, channel, stub, link)
         self._link = link
         self._admit = admit
@@ -177,7 +180,9 @@ class Replica:
         self._leave(State.EJECTED, "ejected", f"{why.value}: {reason}; for {pause_s:.0f} s at least")
 
     def pardon(self, reason: str) -> None:
-        """Takes it back, unless it was wrong and its pause is not over."""
+        """Takes it back, unless it was wrong and its pause is not over, or it was seen to compute other bits."""
+        if self.record.differs:
+            return
         if self.state is State.ON_PROBATION or (self.state is State.EJECTED and self.record.why is not Why.WRONG):
             self.acquit(reason)
 
@@ -186,6 +191,14 @@ class Replica:
         self.record.why = None
         self.state = self._standing()
         self.tell("returned", reason)
+
+    def is_busy(self) -> None:
+        """It has too much to do just now: others are asked first for a moment."""
+        self._busy_until_s = monotonic() + BUSY_S
+
+    def is_busy_at(self, now_s: float) -> bool:
+        """Whether it said a moment ago that it has too much to do."""
+        return now_s < self._busy_until_s
 
     def tell(self, what: str, reason: str = "") -> None:
         """Tells an event."""
@@ -252,7 +265,7 @@ class Replica:
             self.tell(self.state.value)
         elif self.record.pause_s > 0:
             self.state = State.EJECTED
-        elif self._must_prove():
+        elif self.record.differs or self._must_prove():
             self.state = State.ON_PROBATION
         else:
             self.acquit("its time is over, and there is nobody to compare it with")
@@ -288,6 +301,7 @@ class Replica:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
         if any(wait in done for wait in waits[1:]) and self.state in _MET:
+            self.record.differs = False
             self._leave(State.CONNECTING, "lost", "its connection ended")
 
     def _leave(self, state: State, what: str, reason: str) -> None:

@@ -174,7 +174,7 @@ class ReplicaSet:
 
     def _can_compare(self) -> bool:
         """Whether a replica that was ejected can be compared with another before it returns."""
-        return bool(self.live) and not self._failover.jury.keeps_sequences
+        return bool(self.live) and not self._failover.jury.keeps_sequences and self._failover.compares
 
     def _follow_event(self, happened: ReplicaEvent) -> None:
         if happened.what == "lost":
