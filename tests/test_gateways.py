@@ -116,6 +116,34 @@ async def test_a_stream_goes_on_at_another_gateway(given: int) -> None:
         assert [request.seed for request in gateways[other].double.requests] == [7 if given else 0]
 
 
+class Early(Scripted):
+    """Says who answers before it has anything to say, as the gateway does."""
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        await context.send_initial_metadata((("who", "it is"),))
+        async for message in super().Generate(request, context):
+            yield message
+
+
+async def test_a_stream_goes_on_elsewhere_that_is_lost_before_its_first_message() -> None:
+    gates = [asyncio.Event(), asyncio.Event()]
+    gateways = [Gateway(gate) for gate in gates]
+    for gateway, gate in zip(gateways, gates, strict=True):
+        gateway.double = Early(gate, *HELLO)
+    async with two(*gateways) as client, asyncio.timeout(20):
+        reading = asyncio.create_task(_read(client))
+        while not any(one.double.requests for one in gateways):
+            await asyncio.sleep(0)
+        asked, other = sorted(range(2), key=lambda one: not gateways[one].double.requests)
+        gates[other].set()
+        await gateways[asked].lose()
+        assert await reading == list(HELLO)
+
+
+async def _read(client: Client) -> list[pb.GenerateResponse]:
+    return [message async for message in client.generate(ASKED)]
+
+
 def replayed(*parts: tuple[pb.GenerateResponse, ...]) -> list[pb.GenerateResponse]:
     """What a caller sees of some streams, each but the last cut off."""
     so_far = Resumption(ASKED)

@@ -72,6 +72,25 @@ async def test_a_name_that_is_not_found_for_a_while_keeps_what_it_had(caplog: py
             assert len(told) == 1
 
 
+async def test_an_address_that_becomes_a_name_serves_until_the_name_is_found() -> None:
+    one = Embedder(1.0)
+    found = asyncio.Event()
+
+    async def slowly(name: str, port: int) -> Sequence[str]:
+        await found.wait()
+        return [one.address]
+
+    async with one.running(), known(one.address, look_up=slowly) as (replicas, events):
+        replicas.set_addresses([NAME])
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+            assert await ask(replicas) == 1.0
+        found.set()
+        await events.until(lambda: replicas.are_met)
+        assert await ask(replicas) == 1.0
+        assert events.count("left") == 0
+
+
 async def test_a_name_is_looked_up_at_once_when_a_replica_is_lost() -> None:
     old, new = Embedder(1.0), Embedder(2.0)
     async with new.running("127.0.0.2:0"):
