@@ -22,6 +22,7 @@ from expertmesh.serving.generation import Generation
 from expertmesh.serving.home import Home, HomeLost
 from expertmesh.serving.overlap import MOST_LEVEL, Overlap, Started
 from expertmesh.serving.passes import Provenance
+from expertmesh.serving.room import Room
 from expertmesh.serving.steps import Work, plan_share
 from expertmesh.telemetry import metrics
 from expertmesh.telemetry.logging import event
@@ -30,7 +31,6 @@ from expertmesh.v1.sampling_pb2 import TokenLogprobs
 if TYPE_CHECKING:
     from expertmesh.serving.scheduler import Scheduler, StepLimits
 
-RETRY_OPEN_S = 0.05
 KEEP_EVERY_S = 2.0  # a home forgets what it does not hear of
 
 _StepTask = asyncio.Task[tuple[list[TokenLogprobs], Sequence[Provenance]]]
@@ -67,9 +67,7 @@ class Lane:
         self._steps = 0
         self._releases: set[asyncio.Task[None]] = set()
         self._awake = asyncio.Event()
-        self._retry: asyncio.TimerHandle | None = None
-        self._fits = self._most  # as far as is known; its cache may hold fewer
-        self.is_full = False  # until something is released or a while has passed
+        self._room = Room(self._most, lambda: self.load, scheduler.wake)
         self._context = contextvars.Context()  # not that of the request that happened to come first
         self._task = asyncio.get_running_loop().create_task(self._run(), context=self._context)
 
@@ -86,12 +84,12 @@ class Lane:
     @property
     def has_room(self) -> bool:
         """Whether it may take another one."""
-        return not self.is_full and self.load < self._most and self.home.is_live
+        return not self._room.is_full and self.load < self._most and self.home.is_live
 
     @property
     def room(self) -> int:
         """How many more it probably has room for."""
-        return max(0, self._fits - self.load) if self.home.is_live else 0
+        return self._room.left if self.home.is_live else 0
 
     def wake(self) -> None:
         """Lets it look again whether there is work."""
@@ -131,7 +129,7 @@ class Lane:
                 await self.home.open(generation)
             except Overloaded:
                 self._scheduler.give_back([generation])
-                self._wait_for_room()
+                self._room.refused()
                 return
             except HomeLost:
                 self._scheduler.rebuild([generation])
@@ -145,7 +143,7 @@ class Lane:
                 generation.opened_s = generation.heard_s = time.monotonic()
                 generation.stepped = 0
                 self._running.append(generation)
-                self._fits = max(self._fits, self.load)
+                self._room.taken()
             finally:
                 self._opening = None
             if self._steps_ended():  # those that run already do not wait until everybody has come in
@@ -163,18 +161,6 @@ class Lane:
             self._release(moving)
             self._scheduler.rebuild(moving, is_loss=False)
 
-    def _wait_for_room(self) -> None:
-        """Nothing is opened until something was released here; another program may have, so look again anyway."""
-        self.is_full = True
-        self._fits = self.load
-        self._retry = asyncio.get_running_loop().call_later(RETRY_OPEN_S, self._look_again)
-
-    def _look_again(self) -> None:
-        self.is_full = False
-        self._fits = max(self._fits, self.load + 1)  # one will be tried
-        self._retry = None
-        self._scheduler.wake()
-
     def _release(self, generations: Sequence[Generation]) -> None:
         """Frees sequences, for which no step waits."""
         if not generations:
@@ -187,9 +173,7 @@ class Lane:
 
     async def _free(self, generations: Sequence[Generation]) -> None:
         await self.home.release(generations)
-        if self._retry is not None:
-            self._retry.cancel()
-            self._look_again()
+        self._room.released()
 
     def _start(self) -> None:
         """Starts steps, as many as are to be under way."""
