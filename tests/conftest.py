@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # before gRPC is there: servers that tests end are no news
 
@@ -11,6 +12,9 @@ import pytest
 
 from expertmesh.client import Client
 from tests.up import Up
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells have it for what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start is to be interrupted all the same
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,7 +1,7 @@
 """How long passes take, by the number of their texts: what every pass costs, and what each text adds.
 
 Both come of the passes of lately, the newer ones counting more (weighted least squares over a straight line). As long
-as all were of one size, a text is taken to add nothing, and the next pass is at most twice as large: so that is learnt.
+as all were of one size, a text is taken to add nothing, and passes grow step by step where deadlines are near.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class PassTimes:
             return MOST_TEXTS
         seconds = PATIENCE * (deadline.at_s - time.monotonic())
         pass_s, text_s = self._line()
-        if self._spread < LEAST_SPREAD:
-            return 2 * ceil(self._texts / self._weight)
+        if self._spread < LEAST_SPREAD:  # if every text took its share, or else twice as many: so that is learnt
+            return max(2 * ceil(self._texts / self._weight), int(seconds * self._texts / self._seconds))
         if text_s <= 0:
             return MOST_TEXTS
         return max(1, int(max(seconds - pass_s, pass_s) / text_s))
