@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -15,10 +14,10 @@ from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replicas.admission import require_parts
-from expertmesh.rpc.replicas.replica import ReplicaEvent
 from expertmesh.rpc.replicas.replica_set import ReplicaSet
 from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
 from expertmesh.v1.embedding_pb2_grpc import EmbeddingServiceStub
+from tests.doubles.embedder import Events
 from tests.doubles.honest import DIGEST, Honest
 
 WAIT_S = 10.0
@@ -27,27 +26,6 @@ PARTS = {"embedding": DIGEST}
 
 def read_number(reply: EmbedResponse, origin: Origin) -> float:
     return float(wire.decode_finite(reply.rows, (1, 2), "rows")[0, 0])
-
-
-class Events:
-    """Everything a replica set told, and a way to wait for it."""
-
-    def __init__(self) -> None:
-        self.seen: list[ReplicaEvent] = []
-        self._news = asyncio.Event()
-
-    def __call__(self, event: ReplicaEvent) -> None:
-        self.seen.append(event)
-        self._news.set()
-
-    def count(self, what: str, address: str | None = None) -> int:
-        return sum(event.what == what and address in (None, event.address) for event in self.seen)
-
-    async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while not holds():
-                self._news.clear()
-                await self._news.wait()
 
 
 @asynccontextmanager
