@@ -27,7 +27,8 @@ from torch import Tensor
 from expertmesh.errors import SetupError
 from expertmesh.model import cuda, invariant
 from expertmesh.model.arrays import to_arrays, to_torch
-from expertmesh.model.cache import CachedSequences, KeyValueCache, Span, blocks_of
+from expertmesh.model.cache import KeyValueCache, blocks_of
+from expertmesh.model.cached_sequences import CachedSequences
 from expertmesh.model.experts import ExpertGroup
 from expertmesh.model.full import FullModel
 from expertmesh.model.graphs import Graphs
@@ -35,6 +36,7 @@ from expertmesh.model.layers import DTYPES, GatedMLP, RMSNorm, narrow
 from expertmesh.model.router import route
 from expertmesh.model.spec import AttentionSpec, EmbeddingSpec, ExpertSpec, HeadSpec, ModelSpec, NormSpec, RotarySpec
 from expertmesh.model.spec import RouterSpec as Router
+from expertmesh.model.tiles import Span
 
 MOST_ROWS = 300
 TILE_ROWS = 64

@@ -12,7 +12,6 @@ Ray Serve and hivemind are measured when an interpreter that has them is named; 
 
 from __future__ import annotations
 
-import asyncio
 import os
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -28,6 +27,7 @@ from rich.table import Table
 from benchmarks.child import Child
 from benchmarks.echo import Echo, echoes
 from benchmarks.layer_case import EXPERTS, Case, make_case
+from benchmarks.meshes import TIMEOUT_S, as_gateway
 from benchmarks.models import random_model
 from benchmarks.report import JsonFile, Report, ratio, spread
 from benchmarks.rounds import Figures, faster, in_turn, median_ms
@@ -36,16 +36,13 @@ from expertmesh.cli import session
 from expertmesh.cli.placement import read_options
 from expertmesh.dispatch import ApplyExperts, combine, plan_dispatch
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.telemetry import tracing
 from services.gateway.mesh import Mesh
 from services.gateway.stage_calls import StageCalls
 
 TOKENS = (1, 16, 64, 256)
 PEER_TOKENS = 64
 THREADS = 2
-MAX_MESSAGE_BYTES = 64 * 2**20
 MESSAGE_BYTES = 64  # beside the rows
-TIMEOUT_S = 30.0
 MESH, ECHO = "mesh", "bare echo"
 WAITS = ("passive", "active")  # how threads wait, as OpenMP calls it
 PEERS = {"Ray Serve": 4.0, "hivemind": 25.0}  # how many times faster the mesh shall be
@@ -81,11 +78,7 @@ async def _measure(
     async with AsyncExitStack() as stack:
         running = await stack.enter_async_context(session.temporary_mesh(model, read_options(full_model=False)))
         assert running.plan is not None
-        mesh = Mesh(running.plan.mesh_file, manifest, MAX_MESSAGE_BYTES, tracing.OFF, TIMEOUT_S)
-        complete = asyncio.Event()
-        mesh.on_change = lambda: complete.set() if mesh.is_complete else None
-        await stack.enter_async_context(mesh)
-        await complete.wait()
+        mesh = await stack.enter_async_context(as_gateway(running.plan, manifest))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="echo-")))
         echo = await stack.enter_async_context(echoes(EXPERTS, folder))
         locals_ = {

@@ -12,10 +12,16 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.cli import session
 from expertmesh.client import Client
 from expertmesh.local.plan import Options, Plan, Process
 from expertmesh.local.state import STATE_FILE
+from expertmesh.telemetry import tracing
+from services.gateway.mesh import Mesh
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+TIMEOUT_S = 30.0
 
 
 @asynccontextmanager
@@ -35,6 +41,17 @@ async def mesh(model: Path, options: Options, settings: Mapping[str, object] | N
         yield running.plan
     finally:
         await context.__aexit__(None, None, None)
+
+
+@asynccontextmanager
+async def as_gateway(plan: Plan, manifest: Manifest) -> AsyncIterator[Mesh]:
+    """The services of a mesh as its gateway has them, but in this process; all of them are met."""
+    complete = asyncio.Event()
+    async with Mesh(plan.mesh_file, manifest, MAX_MESSAGE_BYTES, tracing.OFF, TIMEOUT_S) as own:
+        own.on_change = lambda: complete.set() if own.is_complete else None
+        if not own.is_complete:
+            await complete.wait()
+        yield own
 
 
 @contextmanager

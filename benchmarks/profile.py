@@ -7,9 +7,10 @@ last two the gateway's processor time differs by what it costs to serve callers,
 is what the gateway waited for a stage, handler what the stage itself spent on a call from its arrival to its end, with
 its queue and its computing; the rest of the wall is wire and wake: sending, waking up and reading, both ways. Experts
 of a layer are called at once: their handler is the mean of one call a layer, so the wait for the slowest of them
-counts as wire and wake. Processor time is what the kernel gave to all threads of these processes. Beside it stand the
-gateway's work on rows, done again by itself, and the full model's forward pass with one thread: what no transport can
-remove.
+counts as wire and wake. Processor time is what the kernel gave to all threads of these processes. Warm is what the very
+calls of a pass take when those of one stage are made again and again and nothing else is: between it and what they take
+in a pass lie caches that are cold, since all processes share them. Beside it stand the gateway's work on rows, done
+again by itself, and the full model's forward pass with one thread: what no transport can remove.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from benchmarks import gateway_work
+from benchmarks import gateway_work, warm_calls
 from benchmarks.child import Child
 from benchmarks.load import closed_loop
 from benchmarks.meshes import mesh, pids, samples
@@ -37,6 +38,7 @@ from benchmarks.models import HEADLINES
 from benchmarks.processor import IS_TOLD, processor_ns
 from benchmarks.report import JsonFile, Report, spread
 from benchmarks.rounds import in_turn
+from benchmarks.warm_calls import Warm
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.cli import placement, session
 from expertmesh.local.plan import Plan
@@ -134,14 +136,19 @@ async def _measure(model: Path, texts: list[str], rounds: int, seconds: float, r
             for services in SERVICES
         }
         measured = await in_turn(contenders, rounds)
+        warm = {
+            name: await warm_calls.measure(plans[services], Manifest.read(model), texts[: _texts(measured[name])])
+            for name, services in name2services.items()
+        }
     floors_ms = await _forward_ms(model, texts, {name: _texts(given) for name, given in measured.items()}, rounds)
     works_us: dict[str, dict[str, float]] = {}
     for name, services in name2services.items():
         given = measured[name]
         works_us[name] = _own_work(model, given, services)
-        report.tables.append(_stages_table(name, given, floors_ms[name]))
+        report.tables.append(_stages_table(name, given, floors_ms[name], warm[name]))
         report.figures[name] = {
             "rounds": [asdict(one) for one in given],
+            "warm calls, ms": {stage: asdict(one) for stage, one in warm[name].items()},
             "gateway's work, µs per layer": works_us[name],
             "forward pass of the full model with one thread, ms": floors_ms[name],
         }
@@ -231,9 +238,19 @@ def _own_work(model: Path, given: Sequence[Profile], services: int) -> dict[str,
     return gateway_work.measure(Manifest.read(model).spec, rows, _texts(given), services)
 
 
-def _stages_table(name: str, given: Sequence[Profile], floor_ms: Sequence[float]) -> Table:
+def _stages_table(name: str, given: Sequence[Profile], floor_ms: Sequence[float], warm: Mapping[str, Warm]) -> Table:
     texts, rows = spread([one.texts for one in given]), spread([one.rows for one in given])
-    columns = ("calls", "wall", "handler", "queue", "compute", "wire and wake", "processor")
+    columns = (
+        "calls",
+        "wall",
+        "handler",
+        "queue",
+        "compute",
+        "wire and wake",
+        "processor",
+        "warm wall",
+        "warm processor",
+    )
     table = Table("ms of a pass", *columns, title=f"{name}; texts of a pass {texts}, rows {rows}")
 
     def processor(kind: str) -> str:
@@ -242,7 +259,8 @@ def _stages_table(name: str, given: Sequence[Profile], floor_ms: Sequence[float]
     for stage in STAGES:
         shares = [one.stages[stage] for one in given]
         cells = [_median([getattr(share, what) for share in shares]) for what in FIGURES]
-        table.add_row(stage, *cells, processor(stage))
+        own = warm[stage]
+        table.add_row(stage, *cells, processor(stage), _ms(own.wall), _ms(own.processor) if IS_TOLD else "")
     table.add_row("dispatch, combine", "", _median([one.combine for one in given]), *[""] * 4, "")
     table.add_row("before the pass", "", "", "", _median([one.queue for one in given]), "", "", "")
     sums = {what: [sum(getattr(share, what) for share in one.stages.values()) for one in given] for what in FIGURES}
@@ -252,7 +270,8 @@ def _stages_table(name: str, given: Sequence[Profile], floor_ms: Sequence[float]
         table.add_row("gateway", *[""] * 6, processor("gateway"))
         table.add_row(CLIENT, *[""] * 6, processor(CLIENT))
     whole = _median([sum(one.processor.values()) for one in given]) if IS_TOLD else ""
-    table.add_row("all", *(_median(sums[what]) for what in FIGURES), whole)
+    warm_ms = [_ms(sum(one.wall for one in warm.values())), _ms(sum(one.processor for one in warm.values()))]
+    table.add_row("all", *(_median(sums[what]) for what in FIGURES), whole, *(warm_ms if IS_TOLD else warm_ms[:1]))
     table.add_row("answer at the client", "", spread([one.answer for one in given]), *[""] * 5)
     table.add_row("full model, 1 thread", *[""] * 4, spread(floor_ms), "", "")
     if IS_TOLD:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertmesh.model.cache import CachedSequences, KeyValueCache, Span, blocks_of
+from expertmesh.model.cache import KeyValueCache, blocks_of
+from expertmesh.model.cached_sequences import CachedSequences
 from expertmesh.model.full import FullModel
 from expertmesh.model.layers import DTYPES, LayerNorm, RMSNorm, arrange, narrow
 from expertmesh.model.spec import (
@@ -24,6 +25,7 @@ from expertmesh.model.spec import (
     RotarySpec,
     RouterSpec,
 )
+from expertmesh.model.tiles import Span
 
 VOCAB, CONTEXT = 97, 400
 CPU = torch.device("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks import floor
 from benchmarks.child import Child
 from benchmarks.echo import echoes
 from benchmarks.processor import IS_TOLD, processor_ns
@@ -82,3 +84,15 @@ def test_processor_time_is_that_of_the_processes_and_not_the_clock() -> None:
         pass
     used_ns = processor_ns([os.getpid()]) - before_ns
     assert 0.08e9 < used_ns < (time.process_time() - used_s) * 1e9 + 0.02e9
+
+
+@pytest.mark.parametrize("touched_bytes", floor.TOUCHED_BYTES.values())
+def test_bare_processes_send_back_what_comes_and_end_with_their_sockets(touched_bytes: int) -> None:
+    before = set(psutil.Process().children())
+    with floor._sockets(3) as peers:
+        assert floor._median_fan_out_ms(peers[:2], touched_bytes, 0.01) > 0
+        peers[2].sendall(b"x" * floor.MESSAGE_BYTES)
+        assert peers[2].recv(floor.MESSAGE_BYTES, socket.MSG_WAITALL) == b"x" * floor.MESSAGE_BYTES
+        own = set(psutil.Process().children()) - before
+        assert len(own) == 3
+    assert not any(process.is_running() for process in own)

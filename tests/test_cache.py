@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from expertmesh.model import cache as cache_module
 from expertmesh.model import invariant
-from expertmesh.model.cache import BLOCK_TOKENS, TILE_ROWS, CachedSequences, KeyValueCache, Span, blocks_of
+from expertmesh.model import tiles as tiles_module
+from expertmesh.model.cache import BLOCK_TOKENS, KeyValueCache, blocks_of
+from expertmesh.model.cached_sequences import CachedSequences
 from expertmesh.model.full import FullModel
 from expertmesh.model.invariant import Picked
 from expertmesh.model.layers import arrange
+from expertmesh.model.tiles import TILE_ROWS, Span, cut
 from expertmesh.serving.leases import ID_BYTES, Leases, Place
 from expertmesh.serving.passes import are_exact
 from tests.decoders import CONTEXT, CPU, LATENT, PLAIN, SPECS, Serving, full_model, random_model, texts, whole_logits
@@ -146,7 +148,7 @@ def test_long_work_is_cut_into_batches_without_changing_a_bit(monkeypatch: pytes
     model, lengths = full_model("grouped"), [300, 200, 140, 3]
     wanted = model.logits(torch.cat(texts(lengths)), torch.tensor(lengths))
     for elements in (1, 100_000):
-        monkeypatch.setattr(cache_module, "MAX_SCORES", elements)
+        monkeypatch.setattr(tiles_module, "MAX_SCORES", elements)
         assert differing_rows(model.logits(torch.cat(texts(lengths)), torch.tensor(lengths)), wanted) == 0
 
 
@@ -339,7 +341,7 @@ def test_rows_stand_behind_what_is_cached() -> None:
 
 
 def test_tiles_are_short_and_cover_every_row_once() -> None:
-    tiles = cache_module._tiles([Span((0, 1), 10, 150), Span((2,), 0, 1), Span((3,), 0, TILE_ROWS)])
+    tiles = cut([Span((0, 1), 10, 150), Span((2,), 0, 1), Span((3,), 0, TILE_ROWS)])
     rows = np.concatenate([np.arange(tile.first_row, tile.first_row + tile.rows) for tile in tiles])
     assert rows.tolist() == list(range(150 + 1 + TILE_ROWS))
     assert [tile.rows for tile in tiles] == [64, 64, 22, 1, 64]

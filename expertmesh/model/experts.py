@@ -49,7 +49,7 @@ class ExpertGroup:
                 return first(rows_ND)  # type: ignore[no-any-return]
             if first.gate_and_up.is_packed and len(rows_ND) * first.gate.out_features <= JOINED_ELEMENTS:
                 return self._joined(ids, counts, rows_ND)
-            pieces = torch.split(rows_ND, list(counts))
+            pieces = rows_ND.split_with_sizes(list(counts))
             return torch.cat([self._experts[expert](piece) for expert, piece in zip(ids, pieces, strict=True)])
         grouped = self._at_their_place()
         places = [self._places[expert] for expert in ids]
@@ -77,10 +77,10 @@ class ExpertGroup:
         ]
         experts = [self._experts[expert] for expert in ids]
         padded_PD = rows_ND.index_select(0, torch.from_numpy(np.concatenate(places)))
-        pieces = torch.split(padded_PD, padded_counts)
+        pieces = padded_PD.split_with_sizes(padded_counts)
         both = [expert.gate_and_up.product(piece) for expert, piece in zip(experts, pieces, strict=True)]
         inner_PF = experts[0].inner(*experts[0].gate_and_up.split(torch.cat(both)))
-        pieces = torch.split(inner_PF, padded_counts)
+        pieces = inner_PF.split_with_sizes(padded_counts)
         given = [expert.down(piece)[:count] for expert, piece, count in zip(experts, pieces, counts, strict=True)]
         return torch.cat(given)
 

@@ -25,7 +25,8 @@ from expertmesh.dispatch import (
     layer_loop,
 )
 from expertmesh.model.attention import gating_stage
-from expertmesh.model.cache import CachedSequences, KeyValueCache, Span, blocks_of
+from expertmesh.model.cache import KeyValueCache, blocks_of
+from expertmesh.model.cached_sequences import CachedSequences
 from expertmesh.model.embedding import EmbeddingStage
 from expertmesh.model.experts import ExpertGroup
 from expertmesh.model.graphs import Graphs
@@ -34,6 +35,7 @@ from expertmesh.model.layers import NO_DROPOUT, Dropout, GatedMLP
 from expertmesh.model.rotary import Rotary
 from expertmesh.model.sequences import Sequences
 from expertmesh.model.spec import ModelSpec
+from expertmesh.model.tiles import Span
 
 Observer = Callable[[StageCall, Any], None]
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from expertmesh.dispatch import Gated, add
 from expertmesh.model import invariant
-from expertmesh.model.cache import CachedSequences, KeyValueCache
+from expertmesh.model.cache import KeyValueCache
+from expertmesh.model.cached_sequences import CachedSequences
 from expertmesh.model.decoding import TokenStep
 from expertmesh.model.graphs import Graphs
 from expertmesh.model.layers import DTYPES, NO_DROPOUT, Dropout, GatedMLP, Linear, norm

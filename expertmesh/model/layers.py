@@ -117,7 +117,7 @@ class Joint:
 
     def split(self, product_NO: Tensor) -> Sequence[Tensor]:
         """What each layer gives, of what all give."""
-        return torch.split(product_NO, self._widths, dim=1)
+        return product_NO.split_with_sizes(self._widths, dim=1)
 
 
 class RMSNorm(nn.Module):

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from expertmesh.errors import InvalidInput, Overloaded, WrongPart
-from expertmesh.model.cache import BLOCK_TOKENS, CachedSequences, KeyValueCache, Span, blocks_of
+from expertmesh.model.cache import BLOCK_TOKENS, KeyValueCache, blocks_of
+from expertmesh.model.cached_sequences import CachedSequences
 from expertmesh.model.rotary import Rotary
+from expertmesh.model.tiles import Span
 from expertmesh.telemetry import metrics
 
 ID_BYTES = 16

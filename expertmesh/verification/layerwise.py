@@ -23,12 +23,14 @@ from expertmesh.checkpoint.sources import Source, open_source
 from expertmesh.checkpoint.tensor_file import PartTensor
 from expertmesh.dispatch import Applied, ApplyExperts, Embed, Gate, Gated, Score, Scores, StageCall, classify, drive
 from expertmesh.model.attention import gating_stage
-from expertmesh.model.cache import CachedSequences, KeyValueCache, Span, blocks_of
+from expertmesh.model.cache import KeyValueCache, blocks_of
+from expertmesh.model.cached_sequences import CachedSequences
 from expertmesh.model.embedding import EmbeddingStage
 from expertmesh.model.head import head
 from expertmesh.model.layers import DTYPES, GatedMLP, narrow
 from expertmesh.model.sequences import Sequences
 from expertmesh.model.spec import ModelSpec
+from expertmesh.model.tiles import Span
 from expertmesh.verification.originals import (
     Place,
     Proof,
