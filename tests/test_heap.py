@@ -34,3 +34,22 @@ def test_memory_that_is_freed_is_there_for_the_next_pass() -> None:
     page_faults_of_all = 8 * 2**20 // 4096 * PASSES
     assert faults_of_passes("") > page_faults_of_all // 2  # else there is nothing to save
     assert faults_of_passes("from expertmesh.rpc import heap; heap.keep_freed()") < page_faults_of_all // 20
+
+
+LOADING = """
+import psutil
+from expertmesh.rpc import heap
+heap.keep_freed()
+loaded = [bytes(1) * 2**20 for _ in range(24)]
+stays = bytes(1) * 2**20
+loaded.clear()
+before = psutil.Process().memory_info().rss
+heap.leave_loaded_alone()
+print(before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that keeps memory")
+def test_what_loading_has_freed_is_given_back() -> None:
+    ended = subprocess.run([sys.executable, "-c", LOADING], capture_output=True, text=True, check=True, timeout=60)
+    assert int(ended.stdout) > 20 * 2**20
