@@ -83,7 +83,7 @@ async def test_a_stream_is_recorded_with_its_routes_and_its_longest_stall(addres
     both = token_bits(message(1, pb.ROUTE_MESH)) + token_bits(message(2, pb.ROUTE_FULL_MODEL))
     for record in load.records:
         assert (record.code, record.answer, record.routes, record.finishes) == ("OK", both, ("MESH", "FULL_MODEL"), 1)
-        assert 0.3 <= record.stall_s < 5
+        assert 0.2 <= record.stall_s < 5  # of 0.3 s, less what the first message was late
 
 
 async def test_what_a_broken_stream_has_said_is_kept(address: str) -> None:

@@ -78,7 +78,9 @@ def test_a_service_refuses_a_changed_weight_file(model: Path, tmp_path: Path) ->
     part.write_bytes(data)
     ended = run("verify", broken)
     assert ended.returncode == 2
-    assert "expert-5.0 could not start" in ended.stderr
+    assert any(
+        f"{name}.0 could not start" in ended.stderr for name in ("expert-5", "full_model")
+    )  # whoever sees it first
     assert "part experts/layer-01/expert-05: the SHA-256" in ended.stderr
 
 

@@ -184,3 +184,12 @@ def test_a_processor_on_which_products_are_uneven_is_not_exact(monkeypatch: pyte
     name = take_profile(spec, CPU).name
     assert name.startswith("uneven-cpu-")
     assert not are_exact({name})
+
+
+def test_a_processor_on_which_attention_is_uneven_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = invariant.causal_attention
+    assert are_exact({take_profile(PLAIN, CPU).name})
+    monkeypatch.setattr(
+        invariant, "causal_attention", lambda q, *others, **more: attend(q, *others, **more) + 1e-7 * q.shape[2]
+    )
+    assert take_profile(PLAIN, CPU).name.startswith("uneven-cpu-")

@@ -396,6 +396,12 @@ def test_linear_keeps_its_promise_at_any_width(
     assert changed_by_product(width, outputs, dtype, how, [company], data.draw(one_or_two_threads)) == 0
 
 
+@pytest.mark.parametrize("shape", [(298, 192), (300, 200), (240, 200), (360, 200), (420, 192)], ids=str)
+def test_inputs_that_do_not_fill_a_tile_keep_the_promise(shape: tuple[int, int]) -> None:
+    orders = [drawn(count, count, 0) for count in (2, 5, 7, 9, 24, 31, 33, 64, 100)]
+    assert changed_by_product(*shape, "bfloat16", "as it is", orders, 1) == 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [12, 48, 152, 512])
 def test_linear_takes_transposed_matrices_of_every_narrow_width(width: int, dtype: str) -> None:
@@ -555,6 +561,13 @@ def changed_by_causal_attention(tile: Tile, threads: int, seeds: Iterable[int]) 
         changed += differing_rows(got.transpose(0, 1), wanted[:, rows].transpose(0, 1))
     torch.set_num_threads(1)
     return changed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [140, 192, 240, 360, 576, 640])
+def test_causal_attention_over_wide_keys_keeps_the_promise(width: int, dtype: str) -> None:
+    for heads, rows in ((1, 8), (2, 16), (2, 136)):
+        assert changed_by_causal_attention(tile(width, 16, heads, rows, 2, dtype), 1, range(5)) == 0
 
 
 head_widths = st.one_of(st.integers(1, 24), st.integers(1, 200), st.sampled_from([32, 64, 80, 96, 128]))

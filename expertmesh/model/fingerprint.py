@@ -84,7 +84,20 @@ class _Operations:
             together = invariant.linear(x, weight)
             if not all(torch.equal(invariant.linear(x[:rows], weight), together[:rows]) for rows in COMPANIES):
                 return False
-        return True
+        return not self.spec.attention.is_causal or self._attended_rows_keep_their_bits()
+
+    def _attended_rows_keep_their_bits(self) -> bool:
+        """The same of causal attention, where rows of all heads that share a key are multiplied together."""
+        _, width, value_width = self._attended()
+        keys, queries = self._matrix(1, 1, 1, KEYS, width), self._matrix(1, 1, max(COMPANIES), width).flip(2) * 8
+        hidden = torch.zeros(1, 1, max(COMPANIES), KEYS, dtype=torch.bool, device=keys.device)
+
+        def attend(rows: int) -> Tensor:
+            values = keys[..., :value_width]
+            return invariant.causal_attention(queries[:, :, :rows], keys, values, hidden[:, :, :rows], width**-0.5)
+
+        together = attend(max(COMPANIES))
+        return all(torch.equal(attend(rows), together[:, :, :rows]) for rows in COMPANIES)
 
     def results(self) -> Iterator[Tensor]:
         """What each operation gives."""
@@ -157,7 +170,7 @@ class _Operations:
             yield self._product(ROWS, inputs, outputs)
         if attention.qk_norm != "none":
             yield self._rms(self._take(ROWS, width if attention.qk_norm == "flat" else attention.head_width))
-        yield from self._causal(min(attention.kv_heads, MOST_HEADS), attention.head_width, attention.head_width)
+        yield from self._causal()
 
     def _latent(self) -> Iterator[Tensor]:
         spec, attention = self.spec, self.spec.attention
@@ -172,9 +185,17 @@ class _Operations:
         yield invariant.linear(self._matrix(ROWS, attention.head_width), self._matrix(attention.head_width, rank).T)
         yield self._product(ROWS, rank, attention.value_width)
         yield self._product(ROWS, attention.heads * attention.value_width, spec.width)
-        yield from self._causal(1, rank + turned, rank)
+        yield from self._causal()
 
-    def _causal(self, heads: int, width: int, value_width: int) -> Iterator[Tensor]:
+    def _attended(self) -> tuple[int, int, int]:
+        """Key heads, and widths of a key and a value, as causal attention multiplies them."""
+        attention = self.spec.attention
+        if attention.kind == "latent":
+            return 1, attention.latent_rank + 2 * len(self.spec.rotary.frequencies), attention.latent_rank
+        return min(attention.kv_heads, MOST_HEADS), attention.head_width, attention.head_width
+
+    def _causal(self) -> Iterator[Tensor]:
+        heads, width, value_width = self._attended()
         scale = self.spec.attention.scale or width**-0.5
         for blocks in KEY_BLOCKS:
             keys = self._matrix(1, blocks, heads, KEYS, width)

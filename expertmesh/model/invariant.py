@@ -9,7 +9,9 @@ this on CPU in fp32 (measured, torch 2.13, AVX-512):
   on any instruction set, number of inputs, outputs or threads that was tried (docs/decisions/0010). They also read a
   weight once, as it lies, where MKL packs it anew at every call. So weights are packed once (`pack`).
 - Values in attention lie row by row, and their product depends on a row's place if they have 1, 5 to 7 or 9 to 11
-  columns: they are padded to a multiple of 4.
+  columns: they are padded to a multiple of 4. Scores of 8 rows are added up otherwise than those of more from 192
+  inputs up: there are at least 16 for keys wider than 128. So it is with MKL's AVX-512; where MKL has AVX2 alone, rows
+  may depend on their company in attention, which services see when they start (`fingerprint`).
 - `F.silu`, `torch.sigmoid` and tanh-GELU round differently in the vector body and the tail of the flat tensor: they
   are written with `exp` and a division, which do not.
 - Attention over padded keys changes with the padded length: it is made a function of the sequence's own length.
@@ -20,7 +22,8 @@ every case tried and are used as they are.
 In bfloat16, weights may lie either way. torch computes products of up to `SMALL_PRODUCT` multiplications by another
 kernel, which rounds differently: rows are padded until a product is larger than that. Larger ones were equal, padded or
 not, but where there is AMX: from `AMX_INNER` inputs up, sums are cut in other places for other numbers of rows, so
-every product there has `AMX_ROWS`.
+every product there has `AMX_ROWS`; and inputs that do not fill a tile of `AMX_COLUMNS` are added up in one of several
+ways, so zeros fill it.
 On CUDA, products and sums are kernels of our own; see `cuda`.
 Models are written with these operations only; tests/test_invariant.py holds them to it.
 """
@@ -37,11 +40,13 @@ from torch import Tensor
 from expertmesh.model import cuda
 
 ROW_MULTIPLE = 8
+WIDE_KEY, WIDE_KEY_ROWS = 129, 16  # from this width on scores have at least so many rows
 COLUMN_MULTIPLE = 4
 PACKED_FOR_ROWS = 16  # the number of rows that packed weights suit best; they serve every other as well
 ALIGNMENT_BYTES = 64
 SMALL_PRODUCT = 16**3
 AMX_ROWS = 32
+AMX_COLUMNS = 32
 AMX_INNER = 448
 _HAS_AMX = torch.cpu._is_amx_tile_supported()
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -98,13 +103,13 @@ def packed_rows(rows: int) -> int:
 
 def _linear_by_rows(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
     rows, columns = x_ND.shape
-    if rows > AMX_ROWS and columns >= AMX_INNER and _multiplies_in_tiles(x_ND):
+    in_tiles = _multiplies_in_tiles(x_ND)
+    more_columns = -columns % (AMX_COLUMNS if in_tiles else COLUMN_MULTIPLE)
+    columns += more_columns
+    has_fixed_rows = in_tiles and columns >= AMX_INNER
+    if rows > AMX_ROWS and has_fixed_rows:
         return torch.cat([_linear_by_rows(part, weight_OD, bias_O) for part in torch.split(x_ND, AMX_ROWS)])
-    more_columns = -columns % COLUMN_MULTIPLE
-    if columns >= AMX_INNER and _multiplies_in_tiles(x_ND):
-        more_rows = AMX_ROWS - rows
-    else:
-        more_rows = _padded_rows(rows, len(weight_OD) * (columns + more_columns), x_ND.dtype) - rows
+    more_rows = (AMX_ROWS if has_fixed_rows else _padded_rows(rows, len(weight_OD) * columns, x_ND.dtype)) - rows
     x_ND = F.pad(x_ND, (0, more_columns, 0, more_rows)) if more_rows or more_columns else aligned(x_ND)
     if more_columns:
         weight_OD = F.pad(weight_OD, (0, more_columns))
@@ -242,16 +247,23 @@ def _attention_block_by_block(
 ) -> Tensor:
     """What `causal_attention` gives, each block multiplied alone and where it is."""
     n, blocks, heads, size, _ = keys.shape
-    rows, value_width = q_NKMd.shape[2], values.shape[-1]
-    more_rows, more_columns = -q_NKMd.shape[2] % ROW_MULTIPLE, -value_width % COLUMN_MULTIPLE
-    if more_rows:
-        q_NKMd = F.pad(q_NKMd, (0, 0, 0, more_rows))
+    rows, width, value_width = q_NKMd.shape[2], q_NKMd.shape[3], values.shape[-1]
+    in_tiles = _multiplies_in_tiles(q_NKMd)
+    more_width = -width % AMX_COLUMNS if in_tiles else 0
+    rows_at_once = AMX_ROWS if in_tiles and width + more_width >= AMX_INNER else 0
+    more_rows, more_columns = -rows % (rows_at_once or ROW_MULTIPLE), -value_width % COLUMN_MULTIPLE
+    if width >= WIDE_KEY:
+        more_rows = max(more_rows, WIDE_KEY_ROWS - rows)
+    if more_rows or more_width:
+        q_NKMd = F.pad(q_NKMd, (0, more_width, 0, more_rows))
     scores = q_NKMd.new_empty(n, blocks, heads, rows + more_rows, size)
     mixed = q_NKMd.new_empty(n, blocks, heads, rows + more_rows, value_width + more_columns)
-    keys_PKdS = keys.pool.transpose(2, 3)
     for tile, numbers in enumerate(keys.numbers):
         for place, number in enumerate(numbers):
-            torch.bmm(q_NKMd[tile], keys_PKdS[number], out=scores[tile, place])
+            keys_KSd = keys.pool[number]
+            if more_width:
+                keys_KSd = F.pad(keys_KSd, (0, more_width))
+            _put_scores(q_NKMd[tile], keys_KSd, scores[tile, place], rows_at_once)
     weights, best_NKM = _weights(scores[:, :, :, :rows], hidden_NBMS, scale, sinks_KM)
     is_in_place = weights.dtype == scores.dtype  # then behind the rows is what is finite and never used
     flat = scores if is_in_place else F.pad(weights.to(scores.dtype), (0, 0, 0, more_rows))
@@ -264,6 +276,16 @@ def _attention_block_by_block(
         if len(numbers) < blocks:
             mixed[tile, len(numbers) :] = 0.0
     return _merged(mixed[:, :, :, :rows, :value_width].float(), weights.sum(dim=-1), best_NKM, sinks_KM)
+
+
+def _put_scores(q_KMd: Tensor, keys_KSd: Tensor, scores_KMS: Tensor, rows_at_once: int) -> None:
+    keys_KdS = keys_KSd.transpose(1, 2)
+    if not rows_at_once:
+        torch.bmm(q_KMd, keys_KdS, out=scores_KMS)
+        return
+    parts = zip(torch.split(q_KMd, rows_at_once, 1), torch.split(scores_KMS, rows_at_once, 1), strict=True)
+    for some_KMd, some_KMS in parts:
+        some_KMS.copy_(torch.bmm(some_KMd, keys_KdS))
 
 
 def _weights(scores_NBKMS: Tensor, hidden_NBMS: Tensor, scale: float, sinks_KM: Tensor | None) -> tuple[Tensor, Tensor]:
