@@ -20,6 +20,7 @@ from expertmesh.model.fingerprint import take_profile
 from expertmesh.model.layers import RMSNorm
 from expertmesh.model.spec import AttentionSpec, EmbeddingSpec, ExpertSpec, HeadSpec, ModelSpec, RotarySpec, RouterSpec
 from expertmesh.serving.passes import are_exact
+from tests.conftest import ROOT
 from tests.decoders import CPU, LATENT, PLAIN, SPECS, frequencies
 
 CLASSIFIER = ModelSpec(
@@ -193,3 +194,25 @@ def test_a_processor_on_which_attention_is_uneven_is_not_exact(monkeypatch: pyte
         invariant, "causal_attention", lambda q, *others, **more: attend(q, *others, **more) + 1e-7 * q.shape[2]
     )
     assert take_profile(PLAIN, CPU).name.startswith("uneven-cpu-")
+
+
+NARROWER = """
+import torch
+from expertmesh.model.fingerprint import take_profile
+from tests.decoders import PLAIN
+from tests.test_invariant import changed_by_causal_attention, tile
+torch.set_grad_enabled(False)
+attention = PLAIN.attention
+queries = tile(attention.head_width, attention.head_width, 1, 64, 1)
+print(changed_by_causal_attention(queries, 1, range(20)), take_profile(PLAIN, torch.device("cpu")).name)
+"""
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "SSE4_2"])
+def test_what_is_uneven_with_other_instructions_is_seen(instructions: str) -> None:
+    environment = {**os.environ, "MKL_ENABLE_INSTRUCTIONS": instructions}
+    ended = subprocess.run(
+        [sys.executable, "-c", NARROWER], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    changed, name = ended.stdout.split(maxsplit=1)
+    assert changed == "0" or name.startswith("uneven-cpu-")

@@ -25,7 +25,8 @@ from expertmesh.model.router import route
 from expertmesh.model.spec import ModelSpec
 
 ROWS = 16
-COMPANIES = (1, 3, 17, 64)  # rows that share a product
+COMPANIES = (1, 3, 8, 17, 64)  # rows that share a product
+ATTENDED_ROWS = 72
 MANY_ROWS = 1024
 KEY_BLOCKS = (1, 3)
 KEYS = 128
@@ -89,15 +90,16 @@ class _Operations:
     def _attended_rows_keep_their_bits(self) -> bool:
         """The same of causal attention, where rows of all heads that share a key are multiplied together."""
         _, width, value_width = self._attended()
-        keys, queries = self._matrix(1, 1, 1, KEYS, width), self._matrix(1, 1, max(COMPANIES), width).flip(2) * 8
-        hidden = torch.zeros(1, 1, max(COMPANIES), KEYS, dtype=torch.bool, device=keys.device)
+        keys, queries = self._matrix(1, 1, 1, KEYS, width), self._matrix(1, 1, ATTENDED_ROWS, width).flip(2)
+        hidden = torch.zeros(1, 1, ATTENDED_ROWS, KEYS, dtype=torch.bool, device=keys.device)
 
-        def attend(rows: int) -> Tensor:
+        def attend(rows: slice) -> Tensor:
             values = keys[..., :value_width]
-            return invariant.causal_attention(queries[:, :, :rows], keys, values, hidden[:, :, :rows], width**-0.5)
+            return invariant.causal_attention(queries[:, :, rows], keys, values, hidden[:, :, rows], width**-0.5)
 
-        together = attend(max(COMPANIES))
-        return all(torch.equal(attend(rows), together[:, :, :rows]) for rows in COMPANIES)
+        together = attend(slice(ATTENDED_ROWS))
+        some = [rows for count in COMPANIES for rows in (slice(count), slice(ATTENDED_ROWS - count, ATTENDED_ROWS))]
+        return all(torch.equal(attend(rows), together[:, :, rows]) for rows in some)
 
     def results(self) -> Iterator[Tensor]:
         """What each operation gives."""
