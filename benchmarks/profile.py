@@ -240,17 +240,7 @@ def _own_work(model: Path, given: Sequence[Profile], services: int) -> dict[str,
 
 def _stages_table(name: str, given: Sequence[Profile], floor_ms: Sequence[float], warm: Mapping[str, Warm]) -> Table:
     texts, rows = spread([one.texts for one in given]), spread([one.rows for one in given])
-    columns = (
-        "calls",
-        "wall",
-        "handler",
-        "queue",
-        "compute",
-        "wire and wake",
-        "processor",
-        "warm wall",
-        "warm processor",
-    )
+    columns = (*FIGURES[:-1], "wire and wake", "processor", "warm wall", "warm processor")
     table = Table("ms of a pass", *columns, title=f"{name}; texts of a pass {texts}, rows {rows}")
 
     def processor(kind: str) -> str:
