@@ -26,6 +26,7 @@ from expertmesh.rpc import request_id
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.guard import Guard
 from expertmesh.rpc.link.channel import LinkChannel
+from expertmesh.rpc.link.context import is_alone
 from expertmesh.rpc.link.frames import checksum
 from expertmesh.rpc.link.servicer import LinkServicer
 from expertmesh.rpc.link.socket import SocketConnection, listening
@@ -42,8 +43,8 @@ from expertmesh.v1.tensor_pb2 import Tensor
 from expertmesh.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from tests import tiny
 
-DIRECT = "unix, methods that give futures"
-CARRIERS = ("unix", "tcp", DIRECT)
+DIRECT, AT_ONCE = "unix, methods that give futures", "unix, methods whose futures are done"
+CARRIERS = ("unix", "tcp", DIRECT, AT_ONCE)
 MOST_BYTES = 2**20
 PREFIX = "<IIQ"  # of a frame: bytes of head and message, and their checksum
 
@@ -88,6 +89,31 @@ class DirectEcho(Echo):
         return asyncio.ensure_future(super().Embed(request, context))
 
 
+class AtOnceEcho(Echo):
+    """The same where a call that need not wait is answered before the method returns; tells who came alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.came_alone: list[bool] = []
+
+    def Embed(self, request: EmbedRequest, context: Any) -> asyncio.Future[EmbedResponse]:  # type: ignore[override]
+        self.came_alone.append(is_alone(context))
+        coroutine = super().Embed(request, context)
+        if request.ids.shape == [self.HANG]:
+            return asyncio.ensure_future(coroutine)
+        future = asyncio.get_running_loop().create_future()
+        try:
+            coroutine.send(None)
+        except StopIteration as stop:
+            future.set_result(stop.value)
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+ECHOES: dict[str, type[Echo]] = {DIRECT: DirectEcho, AT_ONCE: AtOnceEcho}
+
+
 class Ends:
     """Both ends of a link."""
 
@@ -103,7 +129,7 @@ class Ends:
 
 @asynccontextmanager
 async def linked(carrier: str, max_message_bytes: int = MOST_BYTES) -> AsyncIterator[Ends]:
-    echo, guard = (DirectEcho if carrier == DIRECT else Echo)(), Guard()
+    echo, guard = ECHOES.get(carrier, Echo)(), Guard()
     servicer = LinkServicer(guard, max_message_bytes=max_message_bytes)
     servicer.description = DescribeResponse(kind="embedding", model_digest="digest", profile="cpu")
     add_EmbeddingServiceServicer_to_server(echo, servicer)  # type: ignore[arg-type]
@@ -130,6 +156,25 @@ async def test_replies_go_to_whoever_asked_whatever_their_sizes(carrier: str) ->
     texts = [generator.randbytes(generator.choice(sizes)) for _ in range(60)]
     async with linked(carrier) as ends:
         assert await asyncio.gather(*(ends.ask(text) for text in texts)) == texts
+
+
+async def test_a_call_comes_alone_if_there_is_one_link_and_nothing_behind_it() -> None:
+    async with linked(AT_ONCE) as ends:
+        echo: Any = ends.echo
+        await ends.ask(b"one")
+        await asyncio.gather(*(ends.ask(b"some", timeout_s=5) for _ in range(3)))
+        assert echo.came_alone == [True, False, False, True]
+        address = f"unix:{ends.link._address.removeprefix('unix:')}"
+        async with open_channel(address, MOST_BYTES) as channel:
+            other = LinkChannel(address, channel, "embedding")
+            await other.open(5)
+            await ends.ask(b"not any more")
+            await other.close()
+        while len(ends.servicer._links) > 1:
+            await asyncio.sleep(0)
+        await ends.ask(b"again")
+        assert echo.came_alone[4:] == [False, True]
+    assert not is_alone(None)
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)

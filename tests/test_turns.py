@@ -34,11 +34,40 @@ async def test_what_waits_with_one_key_runs_together_and_everyone_gets_their_own
     assert runs == [[0, 2], [1, 4], [3]]  # a third of a key would be more than 10 rows
 
 
+async def test_what_came_alone_is_done_at_once() -> None:
+    turns = Turns("turns-test")
+    assert turns.run(1, lambda: "done", is_alone=True).result() == "done"
+    together = turns.run_together("a", 1, 4, doubled, is_alone=True)
+    assert together.done()
+    assert await together == 8
+    assert await turns.run(1, lambda: "and so on") == "and so on"
+
+
+async def test_what_came_alone_waits_for_what_was_there_before() -> None:
+    turns, seen = Turns("turns-test", SimulatedTime(0.01)), []
+    first, second, third = (turns.run(1, lambda n=n: seen.append(n), is_alone=True) for n in range(3))
+    assert seen == [0]  # the device is busy with it for some time
+    assert not first.done()
+    await second
+    assert seen == [0, 1]
+    await third
+    assert seen == [0, 1, 2]
+
+
+async def test_what_came_alone_and_failed_leaves_the_device_free() -> None:
+    turns = Turns("turns-test")
+
+    def fails() -> None:
+        raise InvalidInput("bad")
+
+    bad = turns.run(1, fails, is_alone=True)
+    assert isinstance(bad.exception(), InvalidInput)
+    assert turns.run(1, lambda: 3, is_alone=True).result() == 3
+
+
 async def test_what_was_cancelled_is_not_computed() -> None:
     turns, seen = Turns("turns-test"), []
-    first = asyncio.create_task(turns.run(1, lambda: seen.append("first")))
-    second = asyncio.create_task(turns.run(1, lambda: seen.append("second")))
-    await asyncio.sleep(0)
+    first, second = (turns.run(1, lambda name=name: seen.append(name)) for name in ("first", "second"))
     second.cancel()
     await asyncio.gather(first, second, return_exceptions=True)
     assert await turns.run(1, lambda: "third") == "third"
@@ -51,7 +80,7 @@ async def test_an_error_reaches_its_caller_and_the_next_in_the_queue_is_served()
     def fails() -> None:
         raise InvalidInput("bad")
 
-    bad, good = asyncio.create_task(turns.run(1, fails)), asyncio.create_task(turns.run(1, lambda: 3))
+    bad, good = turns.run(1, fails), turns.run(1, lambda: 3)
     with pytest.raises(InvalidInput):
         await bad
     assert await good == 3
@@ -64,9 +93,9 @@ async def test_work_that_ends_oddly_fails_alone_and_the_queue_goes_on() -> None:
         raise StopIteration
 
     async with asyncio.timeout(5):
-        odd = asyncio.create_task(turns.run(1, stops))
+        odd = turns.run(1, stops)
         short = [turns.run_together("a", 1, item, lambda items: [0]) for item in range(2)]
-        good = asyncio.create_task(turns.run(1, lambda: 3))
+        good = turns.run(1, lambda: 3)
         outcomes = await asyncio.gather(odd, *short, good, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [RuntimeError, ValueError, ValueError, int]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +20,12 @@ from expertmesh.model.fingerprint import Profile, take_profile
 from expertmesh.model.graphs import Graphs
 from expertmesh.model.sequences import Sequences
 from expertmesh.model.spec import ModelSpec
+from expertmesh.rpc.link.context import is_alone
 from expertmesh.rpc.settings import ModelSettings
 from expertmesh.serving.turns import SimulatedTime, Turns
 from expertmesh.v1.description_pb2 import DescribeResponse, Part
 
+ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
@@ -68,9 +71,20 @@ class Stage:
             version=__version__,
         )
 
-    async def compute(self, rows: int, work: Callable[[], ResultT]) -> ResultT:
-        """Runs work when it is its turn; see `Turns.run`."""
-        return await self.turns.run(rows, work)
+    def compute(self, rows: int, work: Callable[[], ResultT], context: object) -> asyncio.Future[ResultT]:
+        """Runs a call's work when it is its turn; see `Turns.run`."""
+        return self.turns.run(rows, work, is_alone(context))
+
+    def compute_together(
+        self,
+        key: Hashable,
+        rows: int,
+        item: ItemT,
+        work: Callable[[Sequence[ItemT]], Sequence[ResultT]],
+        context: object,
+    ) -> asyncio.Future[ResultT]:
+        """Runs it with that of other calls of one key; see `Turns.run_together`."""
+        return self.turns.run_together(key, rows, item, work, is_alone(context))
 
     def warm_up(self, work: Callable[[], object]) -> None:
         """Runs work once before the first call, so that no caller waits for what only the first run does."""

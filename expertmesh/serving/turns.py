@@ -1,6 +1,7 @@
 """A device's queue: work runs there one after another, in order of arrival; what waits with one key may run together.
 
-Nothing waits for company: work starts as soon as the device is free, and takes along what has arrived by then.
+Nothing waits for company: work starts as soon as the device is free, and takes along what has arrived by then. What is
+known to have come alone starts at once, without a turn of the event loop in between.
 It runs inside the event loop, since a thread costs more than it gives here.
 """
 
@@ -74,18 +75,26 @@ class Turns:
         self._queue_seconds = metrics.QUEUE_SECONDS.labels(kind)
         self._work = metrics.Work(kind)
 
-    async def run(self, rows: int, work: Callable[[], ResultT]) -> ResultT:
+    def run(self, rows: int, work: Callable[[], ResultT], is_alone: bool = False) -> asyncio.Future[ResultT]:
         """Runs work when it is its turn.
 
         Args:
             rows: Token rows of the work.
             work: Computes; it must not need gradients.
+            is_alone: Whether nothing else can have come meanwhile.
+
+        Returns:
+            The future of the result; who cancels it before its turn has nothing done.
         """
-        result: ResultT = await self._enqueue(object(), rows, None, lambda items: [work()])
-        return result
+        return self._enqueue(object(), rows, None, lambda items: [work()], is_alone)
 
     def run_together(
-        self, key: Hashable, rows: int, item: ItemT, work: Callable[[Sequence[ItemT]], Sequence[ResultT]]
+        self,
+        key: Hashable,
+        rows: int,
+        item: ItemT,
+        work: Callable[[Sequence[ItemT]], Sequence[ResultT]],
+        is_alone: bool = False,
     ) -> asyncio.Future[ResultT]:
         """Runs work on an item when it is its turn, and on whatever else waits with the same key then.
 
@@ -94,31 +103,39 @@ class Turns:
             rows: Token rows of the item.
             item: What to work on.
             work: Gives a result for each item; the same function for every item of a key.
+            is_alone: Whether nothing else can have come meanwhile.
 
         Returns:
             The future of the item's result; who cancels it before its turn has nothing done.
         """
-        return self._enqueue(key, rows, item, work)
+        return self._enqueue(key, rows, item, work, is_alone)
 
     def _enqueue(
-        self, key: Hashable, rows: int, item: Any, work: Callable[[Sequence[Any]], Any]
+        self, key: Hashable, rows: int, item: Any, work: Callable[[Sequence[Any]], Any], is_alone: bool
     ) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
-        result: asyncio.Future[Any] = loop.create_future()
-        self._queue.append(_Waiting(key, rows, item, work, result, perf_counter()))
+        one = _Waiting(key, rows, item, work, loop.create_future(), perf_counter())
+        if is_alone and not self._is_running:
+            self._is_running = True
+            self._do([one])
+            return one.result
+        self._queue.append(one)
         if not self._is_running:
             self._is_running = True
             loop.call_soon(self._run)  # what arrives until then is taken along
-        return result
+        return one.result
 
     def _run(self) -> None:
         """Does the next piece of work, and says when the one after it is to be done."""
         together: list[_Waiting] = []
         while self._queue and not together:
             together = self._take()
-        if not together:
+        if together:
+            self._do(together)
+        else:
             self._is_running = False
-            return
+
+    def _do(self, together: list[_Waiting]) -> None:
         rows = sum(one.rows for one in together)
         started_s = perf_counter()
         for one in together:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc.aio
 import numpy as np
 from torch import Tensor
@@ -36,16 +38,14 @@ class LanguageHeadServicer(ClassifierServiceServicer):
         x_BD = np.zeros((2, stage.spec.width), np.float32)
         stage.warm_up(lambda: self._head(stage.tensor(x_BD)))
 
-    async def Sample(self, request: SampleRequest, context: grpc.aio.ServicerContext) -> SampleResponse:
+    def Sample(self, request: SampleRequest, context: grpc.aio.ServicerContext) -> asyncio.Future[SampleResponse]:
         """Gives the next token of each row."""
         spec = self._stage.spec
         x_BD = wire.decode_finite(request.rows, (None, spec.width), "rows")
         draws = decode_draws(request.draws, len(x_BD), spec.embedding.vocab)
-        return encode_tokens(
-            await self._stage.compute(len(x_BD), lambda: self._sample(self._stage.tensor(x_BD), draws))
-        )
+        return self._stage.compute(len(x_BD), lambda: self._sample(self._stage.tensor(x_BD), draws), context)
 
-    async def Score(self, request: ScoreRequest, context: grpc.aio.ServicerContext) -> ScoreResponse:
+    def Score(self, request: ScoreRequest, context: grpc.aio.ServicerContext) -> asyncio.Future[ScoreResponse]:
         """Gives the next-token logits of every row."""
         if not self._inspect:
             raise WrongPart("logits stay in the head unless its settings switch inspection on")
@@ -55,12 +55,14 @@ class LanguageHeadServicer(ClassifierServiceServicer):
         most = (self._max_reply_bytes - _SPARE_BYTES) // (4 * spec.embedding.vocab)
         if len(x_TD) > most:
             raise InvalidInput(f"the logits of {len(x_TD)} rows do not fit a reply; ask for at most {most}", "rows")
-        logits_TV = await self._stage.compute(len(x_TD), lambda: self._head(self._stage.tensor(x_TD)))
-        return ScoreResponse(logits=wire.encode(to_numpy(logits_TV)))
+        return self._stage.compute(len(x_TD), lambda: self._score(self._stage.tensor(x_TD)), context)
 
-    def _sample(self, x_BD: Tensor, draws: list[Draw]) -> list[Token]:
+    def _score(self, x_TD: Tensor) -> ScoreResponse:
+        return ScoreResponse(logits=wire.encode(to_numpy(self._head(x_TD))))
+
+    def _sample(self, x_BD: Tensor, draws: list[Draw]) -> SampleResponse:
         tokens: list[Token] = []
         for start in range(0, len(draws), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             tokens += sample(self._head(x_BD[rows]), draws[rows])
-        return tokens
+        return encode_tokens(tokens)

@@ -44,7 +44,7 @@ class ExpertServicer(ExpertServiceServicer):
             outs = self.bank.apply(layer, calls)
             return [self._response(layer, call, out_ND) for call, out_ND in zip(calls, outs, strict=True)]
 
-        return self._stage.turns.run_together((layer, rows.rows_ND.dtype), len(rows.rows_ND), rows, apply)
+        return self._stage.compute_together((layer, rows.rows_ND.dtype), len(rows.rows_ND), rows, apply, context)
 
     def _response(self, layer: int, call: Rows, out_ND: Array) -> ApplyResponse:
         for expert, count in zip(call.experts, call.counts, strict=True):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import grpc.aio
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +13,7 @@ from expertmesh import wire
 from expertmesh.dispatch import Gated
 from expertmesh.errors import InvalidInput, WrongPart
 from expertmesh.model.arrays import to_arrays, to_numpy
+from expertmesh.model.gating import GatingStage
 from expertmesh.model.layers import DTYPES
 from expertmesh.model.sequences import Sequences
 from expertmesh.serving.leases import Leases, Place
@@ -41,26 +45,22 @@ class GatingServicer(GatingServiceServicer):
         self._layers = [stage.loader.gating(layer) for layer in range(stage.spec.layers)]
         stage.warm_up(self._warm_up)
 
-    async def Gate(self, request: GateRequest, context: grpc.aio.ServicerContext) -> GateResponse:
+    def Gate(self, request: GateRequest, context: grpc.aio.ServicerContext) -> asyncio.Future[GateResponse]:
         """Runs one layer's attention and routes its rows."""
         spec = self._stage.spec
         if not 0 <= request.layer < spec.layers:
             raise WrongPart(f"there is no layer {request.layer}; this model has {spec.layers}")
         x_TD = wire.decode_finite(request.rows, (None, spec.width), "rows")
         lengths_B = wire.decode_lengths(request.lengths, len(x_TD), spec.context)
-        return encode_gated(await self._stage.compute(len(x_TD), lambda: self._gate(request, x_TD, lengths_B)))
+        return self._stage.compute(len(x_TD), lambda: encode_gated(self._gate(request, x_TD, lengths_B)), context)
 
-    async def Share(self, request: ShareRequest, context: grpc.aio.ServicerContext) -> ShareResponse:
+    def Share(self, request: ShareRequest, context: grpc.aio.ServicerContext) -> asyncio.Future[ShareResponse]:
         """Runs one layer's shared experts."""
         layer = self._layers[request.layer] if 0 <= request.layer < len(self._layers) else None
         if layer is None or not layer.has_shared:
             raise WrongPart(f"layer {request.layer} has no shared experts here")
         rows_TD = wire.decode_rows(request.rows, (None, self._stage.spec.width), "rows")
-        dtype = DTYPES[self._stage.spec.dtype]
-        shared_TD = await self._stage.compute(
-            len(rows_TD), lambda: to_numpy(layer.share(self._stage.tensor(rows_TD).to(dtype)))
-        )
-        return ShareResponse(rows=wire.encode(shared_TD))
+        return self._stage.compute(len(rows_TD), lambda: self._share(layer, rows_TD), context)
 
     async def Open(self, request: OpenRequest, context: grpc.aio.ServicerContext) -> OpenResponse:
         """Reserves room in the KV cache for a sequence."""
@@ -76,6 +76,10 @@ class GatingServicer(GatingServiceServicer):
             self._stage.tensor(x_TD), self._sequences(request, lengths_B.tolist(), lengths_B), request.shared_apart
         )
         return gated
+
+    def _share(self, layer: GatingStage, rows_TD: npt.NDArray[Any]) -> ShareResponse:
+        shared_TD = layer.share(self._stage.tensor(rows_TD).to(DTYPES[self._stage.spec.dtype]))
+        return ShareResponse(rows=wire.encode(to_numpy(shared_TD)))
 
     def _sequences(self, request: GateRequest, lengths: list[int], lengths_B: npt.NDArray[np.int32]) -> Sequences:
         if self._leases is None:

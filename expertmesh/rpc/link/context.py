@@ -16,10 +16,13 @@ class LinkContext:
 
     Args:
         timeout_us: How long the caller waits.
+        is_alone: Whether no other call can have come meanwhile: none that would have to wait for it, and none that
+            could share its work.
     """
 
-    def __init__(self, timeout_us: int) -> None:
+    def __init__(self, timeout_us: int, is_alone: bool = False) -> None:
         self._ends_s = time.monotonic() + timeout_us / 1e6
+        self.is_alone = is_alone
 
     def time_remaining(self) -> float:
         """Seconds that the caller still waits."""
@@ -30,3 +33,8 @@ class LinkContext:
         raise Aborted(
             Failure(code, details, next((value for key, value in trailing_metadata if key == DETAILS_KEY), b""))
         )
+
+
+def is_alone(context: object) -> bool:
+    """Whether a call is known to have come alone; of one that did not come over a link that is not known."""
+    return isinstance(context, LinkContext) and context.is_alone

@@ -38,9 +38,11 @@ class Connection(Protocol):
 
     Attributes:
         is_damaged: Whether something came that was not sent like that.
+        has_more: Whether frames may have come behind the one that was handed on last.
     """
 
     is_damaged: bool
+    has_more: bool
 
     def send(self, head: Any, message: bytes) -> None:
         """Sends a frame; never waits."""

@@ -33,7 +33,7 @@ MOST_CALLS = 1024  # under way on one link
 QUIET_S = 0.3  # callers that send nothing for so long have let go
 LOOK_EVERY_S = 0.02
 Finish = Callable[["asyncio.Future[Any]"], "bytes | Failure"]
-Start = Callable[[LinkRequest, Any], "tuple[asyncio.Future[Any], Finish]"]
+Start = Callable[[LinkRequest, Any, bool], "tuple[asyncio.Future[Any], Finish]"]
 
 
 class LinkServicer:
@@ -127,7 +127,7 @@ class LinkServicer:
 
     async def Link(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
         """One link over a stream."""
-        calls = _Calls(self._path2handler, self._start)
+        calls = self._calls()
         stream = StreamConnection(context, calls.take, calls.end, self._max_message_bytes)
         self._begin(calls, stream)
         try:
@@ -137,7 +137,7 @@ class LinkServicer:
 
     def _accept(self) -> socket.SocketConnection:
         """One link over a socket."""
-        calls = _Calls(self._path2handler, self._start)
+        calls = self._calls()
 
         def begin() -> None:
             self._begin(calls, connection)
@@ -149,6 +149,9 @@ class LinkServicer:
         most_bytes = self._max_message_bytes
         connection = socket.SocketConnection(LinkRequest, calls.take, end, most_bytes, begin, holds_back=True)
         return connection
+
+    def _calls(self) -> _Calls:
+        return _Calls(self._path2handler, self._start, lambda: len(self._links) == 1)
 
     def _begin(self, calls: _Calls, connection: Connection) -> None:
         self._links.add(calls)
@@ -162,7 +165,7 @@ class LinkServicer:
         self._links.discard(calls)
         self._one_ended.set()
 
-    def _start(self, request: LinkRequest, message: Any) -> tuple[asyncio.Future[Any], Finish]:
+    def _start(self, request: LinkRequest, message: Any, is_alone: bool) -> tuple[asyncio.Future[Any], Finish]:
         """Starts a call; gives the future of what its method gives, and what makes its outcome of that."""
         request_id.take_over(request.request_id)
         if request.method not in self._direct or self._tracing.is_on:
@@ -171,7 +174,7 @@ class LinkServicer:
         try:
             if isinstance(message, InvalidInput):
                 raise message
-            future = asyncio.ensure_future(handler.unary_unary(message, LinkContext(request.timeout_us)))
+            future = asyncio.ensure_future(handler.unary_unary(message, LinkContext(request.timeout_us, is_alone)))
         except (Exception, asyncio.CancelledError) as error:
             future = asyncio.get_running_loop().create_future()
             future.set_exception(error)
@@ -205,11 +208,15 @@ class _Calls:
 
     Args:
         path2handler: The methods there are.
-        start: Starts a call; is given what the message holds, or the error that it could not be read.
+        start: Starts a call; is given what the message holds, or the error that it could not be read, and whether no
+            other call can have come.
+        is_only: Whether no other link is there.
     """
 
-    def __init__(self, path2handler: Mapping[str, grpc.RpcMethodHandler], start: Start) -> None:
-        self._path2handler, self._start = path2handler, start
+    def __init__(
+        self, path2handler: Mapping[str, grpc.RpcMethodHandler], start: Start, is_only: Callable[[], bool]
+    ) -> None:
+        self._path2handler, self._start, self._is_only = path2handler, start, is_only
         self._under_way: dict[int, asyncio.Future[Any]] = {}
         self._settling = False
         self.connection: Connection | None = None
@@ -242,11 +249,15 @@ class _Calls:
                 read = parsed(message, handler.request_deserializer)
             except InvalidInput as error:
                 read = error
+            self.taken += 1
+            is_alone = self.connection is not None and not self.connection.has_more and self._is_only()
             context = copy_context()  # a call's own, as a task has
-            under_way, finish = context.run(self._start, request, read)
+            under_way, finish = context.run(self._start, request, read, is_alone)
+            if under_way.done():
+                context.run(self._answer, request.call, finish, under_way)
+                return
             self._under_way[request.call] = under_way
             under_way.add_done_callback(partial(self._served, request.call, finish), context=context)
-            self.taken += 1
 
     def settle(self) -> None:
         """Ends the link as soon as no call is under way."""
@@ -268,12 +279,15 @@ class _Calls:
 
     def _served(self, call: int, finish: Finish, ended: asyncio.Future[Any]) -> None:
         del self._under_way[call]
+        self._answer(call, finish, ended)
+        if self._settling:
+            self.settle()
+
+    def _answer(self, call: int, finish: Finish, ended: asyncio.Future[Any]) -> None:
         try:
             self._send(call, finish(ended))
         except asyncio.CancelledError:
             self._send(call, _refusal(grpc.StatusCode.CANCELLED, "it was cancelled"))
-        if self._settling:
-            self.settle()
 
     def _send(self, call: int, outcome: bytes | Failure) -> None:
         if self.connection is None:

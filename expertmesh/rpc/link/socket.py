@@ -38,6 +38,7 @@ class SocketConnection(asyncio.BufferedProtocol):
 
     Attributes:
         is_damaged: Whether something came that was not sent like that.
+        has_more: Whether more has been read than the frame that was handed on last.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class SocketConnection(asyncio.BufferedProtocol):
         self._filled = 0
         self._transport: asyncio.Transport | None = None
         self._finished = False
-        self.is_damaged = False
+        self.is_damaged = self.has_more = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As asyncio has it."""
@@ -112,6 +113,7 @@ class SocketConnection(asyncio.BufferedProtocol):
             except DecodeError:
                 self._give_up()
                 return
+            self.has_more = self._filled > end
             self._on_frame(head, message)
             start = end
         self._make_room(start, _PREFIX.size)

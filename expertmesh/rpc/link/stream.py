@@ -26,7 +26,10 @@ class StreamConnection:
 
     Attributes:
         is_damaged: Whether something came that was not sent like that.
+        has_more: Whether frames may have come behind the one that was handed on last, of which gRPC tells nothing.
     """
+
+    has_more = True
 
     def __init__(self, stream: Any, on_frame: OnFrame, on_end: OnEnd, most_unsent_bytes: int | None = None) -> None:
         self._stream, self._on_frame, self._on_end = stream, on_frame, on_end
