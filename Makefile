@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
-BENCHMARKS := layer classify generate overlap scale profile floor
+BENCHMARKS := layer classify generate overlap scale profile floor bare
 # Threads that wait sleep, so that processes on few cores do not spin against each other.
 export OMP_WAIT_POLICY := passive
 

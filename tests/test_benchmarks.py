@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from benchmarks.echo import echoes
 from benchmarks.processor import IS_TOLD, processor_ns
 from benchmarks.report import Report, difference, ratio
 from benchmarks.rounds import in_turn
-from tests import tiny
+from tests import generating, tiny
 
 ANSWERING = "tests.doubles.answering"
 
@@ -95,4 +96,17 @@ def test_bare_processes_send_back_what_comes_and_end_with_their_sockets(touched_
         assert peers[2].recv(floor.MESSAGE_BYTES, socket.MSG_WAITALL) == b"x" * floor.MESSAGE_BYTES
         own = set(psutil.Process().children()) - before
         assert len(own) == 3
+    assert not any(process.is_running() for process in own)
+
+
+@pytest.mark.parametrize(("work", "model"), [("classify", tiny.model), ("generate", generating.model)])
+async def test_a_model_behind_bare_sockets_computes_what_it_does_in_one_process(
+    work: str, model: Callable[[], Path]
+) -> None:
+    async with Child("benchmarks.bare_model", work, str(model()), "1") as child:  # it compares by itself
+        own = psutil.Process(child._process.pid).children()
+        for size in (1, 3):
+            for way in ("own", "bare"):
+                assert await child.ask(way=way, size=size, seconds=0.0) > 0
+    assert len(own) > 3
     assert not any(process.is_running() for process in own)
