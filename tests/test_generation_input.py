@@ -207,7 +207,11 @@ async def test_the_largest_requests_are_served(up: Up) -> None:
 
 
 async def test_too_many_that_wait_are_refused_with_a_hint_and_the_rest_is_served() -> None:
-    environment = {"EXPERTMESH_KV_TOKENS": str(CONTEXT), "EXPERTMESH_WAITING_TEXTS": "3"}
+    environment = {
+        "EXPERTMESH_KV_TOKENS": str(CONTEXT),
+        "EXPERTMESH_WAITING_TEXTS": "3",
+        "EXPERTMESH_SIMULATE_STEP_MS": "5",  # so that the holder is not done before all have been looked at
+    }
     with Up(model(), "--expert-services", "1", "--no-restart", environment=environment) as up:
         async with Client(up.grpc) as client:
             request = asked(100, 400, n=1)  # fills the cache by itself
