@@ -6,8 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from contextvars import copy_context
-from functools import partial
 from typing import Any
 
 import grpc
@@ -17,8 +15,8 @@ from google.protobuf.message import DecodeError
 from expertmesh.errors import InvalidInput, Overloaded
 from expertmesh.rpc import request_id
 from expertmesh.rpc.guard import Failure, Guard
-from expertmesh.rpc.interceptor import parsed
 from expertmesh.rpc.link import socket
+from expertmesh.rpc.link.calls import Calls, Finish
 from expertmesh.rpc.link.channel import FRAME_BYTES
 from expertmesh.rpc.link.context import LinkContext
 from expertmesh.rpc.link.frames import Connection
@@ -29,11 +27,8 @@ from expertmesh.v1 import link_pb2
 from expertmesh.v1.description_pb2 import DescribeResponse
 from expertmesh.v1.link_pb2 import LinkRequest, LinkResponse
 
-MOST_CALLS = 1024  # under way on one link
 QUIET_S = 0.3  # callers that send nothing for so long have let go
 LOOK_EVERY_S = 0.02
-Finish = Callable[["asyncio.Future[Any]"], "bytes | Failure"]
-Start = Callable[[LinkRequest, Any, bool], "tuple[asyncio.Future[Any], Finish]"]
 
 
 class LinkServicer:
@@ -51,7 +46,7 @@ class LinkServicer:
         self._max_message_bytes = max_message_bytes
         self._path2handler: dict[str, grpc.RpcMethodHandler] = {}
         self._direct: set[str] = set()
-        self._links: set[_Calls] = set()
+        self._links: set[Calls] = set()
         self._one_ended = asyncio.Event()
         self._draining = False
         self.description = DescribeResponse()
@@ -150,10 +145,10 @@ class LinkServicer:
         connection = socket.SocketConnection(LinkRequest, calls.take, end, most_bytes, begin, holds_back=True)
         return connection
 
-    def _calls(self) -> _Calls:
-        return _Calls(self._path2handler, self._start, lambda: len(self._links) == 1)
+    def _calls(self) -> Calls:
+        return Calls(self._path2handler, self._start, lambda: len(self._links) == 1)
 
-    def _begin(self, calls: _Calls, connection: Connection) -> None:
+    def _begin(self, calls: Calls, connection: Connection) -> None:
         self._links.add(calls)
         calls.connection = connection
         if self._draining:
@@ -161,7 +156,7 @@ class LinkServicer:
         else:
             calls.introduce(self.description)
 
-    def _forget(self, calls: _Calls) -> None:
+    def _forget(self, calls: Calls) -> None:
         self._links.discard(calls)
         self._one_ended.set()
 
@@ -201,106 +196,6 @@ class LinkServicer:
         if len(data) > self._max_message_bytes - FRAME_BYTES:
             raise Overloaded(f"a reply of {len(data)} bytes is too large")
         return data
-
-
-class _Calls:
-    """The calls of one link; `taken` counts them.
-
-    Args:
-        path2handler: The methods there are.
-        start: Starts a call; is given what the message holds, or the error that it could not be read, and whether no
-            other call can have come.
-        is_only: Whether no other link is there.
-    """
-
-    def __init__(
-        self, path2handler: Mapping[str, grpc.RpcMethodHandler], start: Start, is_only: Callable[[], bool]
-    ) -> None:
-        self._path2handler, self._start, self._is_only = path2handler, start, is_only
-        self._under_way: dict[int, asyncio.Future[Any]] = {}
-        self._settling = False
-        self.connection: Connection | None = None
-        self.taken = 0
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether calls are under way."""
-        return bool(self._under_way)
-
-    def introduce(self, description: DescribeResponse) -> None:
-        """Says who is here; again, when that has changed."""
-        if self.connection is not None:
-            self.connection.send(LinkResponse(), description.SerializeToString())
-
-    def take(self, request: LinkRequest, message: bytes | memoryview) -> None:
-        """Starts a call, or cancels one."""
-        under_way = self._under_way.get(request.call)
-        if not request.method or under_way is not None:
-            if under_way is not None:
-                under_way.cancel()
-        elif self._settling:
-            self._send(request.call, _refusal(grpc.StatusCode.UNAVAILABLE, "it is stopping"))
-        elif len(self._under_way) >= MOST_CALLS:
-            self._send(request.call, _refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls at once"))
-        elif (handler := self._path2handler.get(request.method)) is None:
-            self._send(request.call, _refusal(grpc.StatusCode.UNIMPLEMENTED, "there is no such method"))
-        else:
-            try:
-                read = parsed(message, handler.request_deserializer)
-            except InvalidInput as error:
-                read = error
-            self.taken += 1
-            is_alone = self.connection is not None and not self.connection.has_more and self._is_only()
-            context = copy_context()  # a call's own, as a task has
-            under_way, finish = context.run(self._start, request, read, is_alone)
-            if under_way.done():
-                context.run(self._answer, request.call, finish, under_way)
-                return
-            self._under_way[request.call] = under_way
-            under_way.add_done_callback(partial(self._served, request.call, finish), context=context)
-
-    def settle(self) -> None:
-        """Ends the link as soon as no call is under way."""
-        self._settling = True
-        if not self._under_way and self.connection is not None:
-            self.connection.finish()
-
-    def cut_off(self) -> None:
-        """Ends the link and what is under way on it."""
-        if self.connection is not None:
-            self.connection.close()
-        self.end()
-
-    def end(self) -> None:
-        """Cancels what is under way, since nobody is there to hear of it."""
-        self.connection = None
-        for under_way in list(self._under_way.values()):
-            under_way.cancel()
-
-    def _served(self, call: int, finish: Finish, ended: asyncio.Future[Any]) -> None:
-        del self._under_way[call]
-        self._answer(call, finish, ended)
-        if self._settling:
-            self.settle()
-
-    def _answer(self, call: int, finish: Finish, ended: asyncio.Future[Any]) -> None:
-        try:
-            self._send(call, finish(ended))
-        except asyncio.CancelledError:
-            self._send(call, _refusal(grpc.StatusCode.CANCELLED, "it was cancelled"))
-
-    def _send(self, call: int, outcome: bytes | Failure) -> None:
-        if self.connection is None:
-            return
-        if isinstance(outcome, Failure):
-            code: int = outcome.code.value[0]
-            self.connection.send(LinkResponse(call=call, code=code, text=outcome.text, details=outcome.details), b"")
-        else:
-            self.connection.send(LinkResponse(call=call), outcome)
-
-
-def _refusal(code: grpc.StatusCode, text: str) -> Failure:
-    return Failure(code, text)
 
 
 def _parse_or_none(data: bytes) -> LinkRequest | None:
