@@ -1,4 +1,4 @@
-"""What this machine charges for a model whose stages are processes, when nothing is served: the floor of every mesh.
+"""What this machine charges for a model whose stages are processes, when nothing is served.
 
     python -m benchmarks.bare [--json FILE]
 
@@ -11,6 +11,7 @@ takes beyond one process is what the shape costs here.
 from __future__ import annotations
 
 import asyncio
+import statistics
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.child import Child
 from benchmarks.models import MIXTRAL_LAYERS, random_model
-from benchmarks.report import JsonFile, Report, difference, ratio, spread
+from benchmarks.report import JsonFile, Report, spread
 from benchmarks.rounds import Figures, in_turn
 from expertmesh.cli.placement import DEFAULT_MODEL
 
@@ -67,9 +68,9 @@ def main(
         for size, figures in passes.items():
             what = f"{name}, {size} {work.unit}"
             report.figures[what] = figures
-            times = ratio(what, figures[BARE], figures[OWN], at_most=1).value
-            more = difference(what, figures[BARE], figures[OWN], "ms", 1 / work.layers, at_most=0).value
-            table.add_row(what, spread(figures[OWN]), spread(figures[BARE]), f"{times:.2f}", f"{more:.2f}")
+            own_ms, bare_ms = (statistics.median(figures[way]) for way in (OWN, BARE))
+            more = f"{(bare_ms - own_ms) / work.layers:.2f}"
+            table.add_row(what, spread(figures[OWN]), spread(figures[BARE]), f"{bare_ms / own_ms:.2f}", more)
     report.tables.append(table)
     report.publish(json_file)
 

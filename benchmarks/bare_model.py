@@ -26,12 +26,10 @@ from expertmesh.checkpoint.tokenizer import load_classifier_tokenizer
 from expertmesh.dispatch import ApplyExperts, Score, classify, combine, drive, layer_loop, plan_dispatch
 
 POSITIONS = range(32, 96)  # of the tokens that `generate` asks for
-TOLERANCE = 1e-4
 
 Pass = Callable[[], Array]
-Ways = tuple[
-    Callable[[int], Pass], Callable[[int], Pass]
-]  # in one process and bare, of so many texts, streams or tokens
+OfSize = Callable[[int], Pass]  # of so many texts, streams or tokens
+Ways = tuple[OfSize, OfSize]  # in one process, and bare
 
 
 def layers(loader: StageLoader, mesh: BareMesh) -> Ways:
@@ -134,7 +132,7 @@ def main(work: str, folder: str, threads: str) -> None:
         def answer(way: str, size: int, seconds: float) -> float:
             with torch.inference_mode():
                 if way == "bare":
-                    assert np.allclose(own(size)(), bare(size)(), atol=TOLERANCE)
+                    assert np.array_equal(own(size)(), bare(size)()), "they differ in bits"
                 return median_ms_of(ways[way](size), seconds)
 
         serve(answer)

@@ -1,16 +1,15 @@
 """Processes that each hold one stage of a model behind a bare socket, and whoever asks them: nothing is served here.
 
 No event loop, no message format, no check, no deadline, no retry, no metric: a frame is its numbers and the arrays.
-What is left is the model in processes of its own, which no mesh of the same stages goes below.
+What is left is the model in processes of its own.
 """
 
 from __future__ import annotations
 
-import os
 import socket
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.forked import forked
 from expertmesh.checkpoint.load import StageLoader
 from expertmesh.dispatch import Applied, ApplyExperts, Embed, Gate, Gated, Score, Scores, StageCall
 from expertmesh.model.arrays import to_arrays
@@ -71,43 +71,18 @@ class Peer:
 
 @contextmanager
 def peers(stages: Sequence[Callable[[], Stage]]) -> Iterator[list[Peer]]:
-    """A process for each stage, with one thread; it ends with this one, however that ends."""
-    own: list[socket.socket] = []
-    pids = []
-    for make in stages:
-        mine, theirs = socket.socketpair()
-        pid = os.fork()
-        if not pid:
-            for one in (*own, mine):
-                one.close()
-            _answer(Peer(theirs), make)
-        theirs.close()
-        own.append(mine)
-        pids.append(pid)
-    try:
-        yield [Peer(one) for one in own]
-    finally:
-        for one in own:
-            one.close()
-        for pid in pids:
-            os.waitpid(pid, 0)
+    """A process for each stage, with one thread."""
+    with forked([partial(_answer, make) for make in stages]) as sockets:
+        yield [Peer(one) for one in sockets]
 
 
-def _answer(peer: Peer, make: Callable[[], Stage]) -> None:
-    status = 1
-    try:
-        torch.set_num_threads(1)
-        stage = make()
-        with torch.inference_mode():
-            while True:
-                layer, arrays = peer.receive()
-                peer.send(layer, *stage(layer, arrays))
-    except EOFError:
-        status = 0
-    except Exception:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+def _answer(make: Callable[[], Stage], own: socket.socket) -> None:
+    torch.set_num_threads(1)
+    peer, stage = Peer(own), make()
+    with torch.inference_mode(), suppress(EOFError):
+        while True:
+            layer, arrays = peer.receive()
+            peer.send(layer, *stage(layer, arrays))
 
 
 class BareMesh:

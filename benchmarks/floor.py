@@ -13,19 +13,18 @@ however a mesh is written.
 from __future__ import annotations
 
 import asyncio
-import os
 import select
 import socket
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from benchmarks.child import Child
+from benchmarks.forked import forked
 from benchmarks.layer_case import EXPERT_WIDTH, EXPERTS, TOP_K, WIDTH
 from benchmarks.models import MIXTRAL_LAYERS, MIXTRAL_VOCAB
 from benchmarks.report import JsonFile, Report, spread
@@ -81,7 +80,7 @@ def _reading(way: str, processes: int) -> str:
 
 
 async def _measure_hops(rounds: int, seconds: float, report: Report) -> Figures:
-    with _sockets(max(FAN_OUTS)) as peers:
+    with forked([_send_back] * max(FAN_OUTS)) as peers:
 
         async def fan_out(number: int, touched_bytes: int) -> float:
             return _median_fan_out_ms(peers[:number], touched_bytes, seconds)
@@ -106,42 +105,13 @@ def _hop(state: str, processes: int) -> str:
     return f"{state}, {processes}"
 
 
-@contextmanager
-def _sockets(number: int) -> Iterator[list[socket.socket]]:
-    """A socket to each of so many processes; they end with this one, however it ends."""
-    own: list[socket.socket] = []
-    pids = []
-    for _ in range(number):
-        mine, theirs = socket.socketpair()
-        pid = os.fork()
-        if not pid:
-            for one in (*own, mine):
-                one.close()
-            _send_back(theirs)
-        theirs.close()
-        own.append(mine)
-        pids.append(pid)
-    try:
-        yield own
-    finally:
-        for one in own:
-            one.close()
-        for pid in pids:
-            os.waitpid(pid, 0)
-
-
 def _send_back(peer: socket.socket) -> None:
     """Sends back what comes, and reads memory for a message that says how much, until nobody is there any more."""
-    status = 1
-    try:
-        memory = bytearray(max(TOUCHED_BYTES.values()))
-        while data := peer.recv(MESSAGE_BYTES):
-            if len(data) < MESSAGE_BYTES:
-                _touch(memory, int(data))
-            peer.sendall(data)
-        status = 0
-    finally:
-        os._exit(status)
+    memory = bytearray(max(TOUCHED_BYTES.values()))
+    while data := peer.recv(MESSAGE_BYTES):
+        if len(data) < MESSAGE_BYTES:
+            _touch(memory, int(data))
+        peer.sendall(data)
 
 
 def _touch(memory: bytearray, count: int) -> None:

@@ -17,6 +17,7 @@ import pytest
 from benchmarks import floor
 from benchmarks.child import Child
 from benchmarks.echo import echoes
+from benchmarks.forked import forked
 from benchmarks.processor import IS_TOLD, processor_ns
 from benchmarks.report import Report, difference, ratio
 from benchmarks.rounds import in_turn
@@ -90,7 +91,7 @@ def test_processor_time_is_that_of_the_processes_and_not_the_clock() -> None:
 @pytest.mark.parametrize("touched_bytes", floor.TOUCHED_BYTES.values())
 def test_bare_processes_send_back_what_comes_and_end_with_their_sockets(touched_bytes: int) -> None:
     before = set(psutil.Process().children())
-    with floor._sockets(3) as peers:
+    with forked([floor._send_back] * 3) as peers:
         assert floor._median_fan_out_ms(peers[:2], touched_bytes, 0.01) > 0
         peers[2].sendall(b"x" * floor.MESSAGE_BYTES)
         assert peers[2].recv(floor.MESSAGE_BYTES, socket.MSG_WAITALL) == b"x" * floor.MESSAGE_BYTES
