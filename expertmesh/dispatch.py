@@ -73,11 +73,13 @@ class ApplyExperts:
 
     def slices(self) -> list[tuple[int, slice]]:
         """Gives (expert, rows) for every expert that has rows."""
-        ends_E = np.cumsum(self.counts_E)
-        return [
-            (int(expert), slice(int(ends_E[expert] - self.counts_E[expert]), int(ends_E[expert])))
-            for expert in np.flatnonzero(self.counts_E)
-        ]
+        given: list[tuple[int, slice]] = []
+        start = 0
+        for expert, count in enumerate(self.counts_E.tolist()):
+            if count:
+                given.append((expert, slice(start, start + count)))
+                start += count
+        return given
 
 
 @dataclass(frozen=True)

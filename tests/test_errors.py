@@ -59,7 +59,7 @@ def all_errors(base: type[errors.MeshError]) -> set[type[errors.MeshError]]:
 
 
 def counted(code: grpc.StatusCode) -> float:
-    return metrics.RPCS.labels(METHOD, code.name)._value.get()
+    return metrics.REGISTRY.get_sample_value("expertmesh_requests_total", {"method": METHOD, "code": code.name}) or 0.0
 
 
 async def until_counted(code: grpc.StatusCode, number: float) -> None:

@@ -108,7 +108,7 @@ async def collect(call: Any, texts: list[str]) -> None:
 
 
 def counted(code: str) -> float:
-    return float(metrics.RPCS.labels(METHOD, code)._value.get())
+    return metrics.REGISTRY.get_sample_value("expertmesh_requests_total", {"method": METHOD, "code": code}) or 0.0
 
 
 # The server's side.

@@ -125,6 +125,12 @@ class Guard:
     def count(self, method: str, code: grpc.StatusCode, started_s: float) -> None:
         """Takes down a call that has ended."""
         took_s = time.monotonic() - started_s
+        metrics.LEDGER.enter(self._post, method, code, took_s)
+        if is_logged(logging.DEBUG):
+            told: dict[str, Any] = {"method": method, "code": code.name, "seconds": took_s}
+            event("call", level=logging.DEBUG, **told, request=request_id.current())
+
+    def _post(self, method: str, code: grpc.StatusCode, took_s: float) -> None:
         counted = self._counted.get((method, code))
         if counted is None:
             counted = metrics.RPC_SECONDS.labels(method), metrics.RPCS.labels(method, code.name)
@@ -132,9 +138,6 @@ class Guard:
         seconds, calls = counted
         seconds.observe(took_s)
         calls.inc()
-        if is_logged(logging.DEBUG):
-            told: dict[str, Any] = {"method": method, "code": code.name, "seconds": took_s}
-            event("call", level=logging.DEBUG, **told, request=request_id.current())
 
 
 def failure_of(method: str, error: Exception) -> Failure:

@@ -72,7 +72,7 @@ class Turns:
         self._most_rows = most_rows
         self._queue: deque[_Waiting] = deque()
         self._is_running = False
-        self._queue_seconds = metrics.QUEUE_SECONDS.labels(kind)
+        self._queue_seconds = metrics.QUEUE_SECONDS.labels(kind).observe
         self._work = metrics.Work(kind)
 
     def run(self, rows: int, work: Callable[[], ResultT], is_alone: bool = False) -> asyncio.Future[ResultT]:
@@ -139,7 +139,7 @@ class Turns:
         rows = sum(one.rows for one in together)
         started_s = perf_counter()
         for one in together:
-            self._queue_seconds.observe(started_s - one.arrived_s)
+            metrics.LEDGER.enter(self._queue_seconds, started_s - one.arrived_s)
         outcomes = _compute(together)
         left_s = started_s + self._simulated.of(rows) - perf_counter()
         if left_s > 0:

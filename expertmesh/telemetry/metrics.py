@@ -12,8 +12,12 @@ from wsgiref.simple_server import WSGIServer
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest, start_http_server
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from expertmesh.telemetry.ledger import Ledger
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+LEDGER = Ledger(REGISTRY)  # before the metrics, so that it is asked before them
 
 RPCS = Counter("expertmesh_requests", "Calls that ended, by gRPC method or HTTP path and status.", ["method", "code"])
 RPC_SECONDS = Histogram("expertmesh_request_seconds", "From a call's arrival to its end.", ["method"], buckets=SECONDS)
@@ -90,10 +94,12 @@ class Work:
 
     def done(self, rows: int, seconds: float) -> None:
         """Takes down a piece of work that has just ended."""
+        LEDGER.enter(self._post, rows, seconds, self._clock())
+
+    def _post(self, rows: int, seconds: float, ended_s: float) -> None:
         self._compute_seconds.observe(seconds)
         self._busy_seconds.inc(seconds)
         self._tokens.inc(rows)
-        ended_s = self._clock()
         for second in range(max(int(ended_s - seconds), int(ended_s) - self.WINDOW_S), int(ended_s) + 1):
             inside_s = min(ended_s, second + 1) - max(ended_s - seconds, second)
             self._second2busy_s[second] = self._second2busy_s.get(second, 0.0) + inside_s
@@ -102,6 +108,7 @@ class Work:
 
     def share(self) -> float:
         """Share of the last whole seconds of `WINDOW_S` in which it was at work."""
+        LEDGER.post()
         now = int(self._clock())
         busy_s = sum(
             busy_s for second, busy_s in list(self._second2busy_s.items()) if now - self.WINDOW_S <= second < now

@@ -34,7 +34,7 @@ class ExpertServicer(ExpertServiceServicer):
         warm_up = Rows([expert], [8], np.zeros((8, stage.spec.width), np.float32))
         stage.warm_up(lambda: self.bank.apply(layer, [warm_up]))
         self._digests = {pair: stage.loader.manifest.parts[expert_part(*pair)].digest for pair in pairs}
-        self._tokens = {pair: metrics.EXPERT_TOKENS.labels(*pair) for pair in pairs}
+        self._tokens = {pair: metrics.EXPERT_TOKENS.labels(*pair).inc for pair in pairs}
 
     def Apply(self, request: ApplyRequest, context: grpc.aio.ServicerContext) -> asyncio.Future[ApplyResponse]:
         """Applies experts of one layer, each to its rows; calls that wait for one layer become one product."""
@@ -48,7 +48,7 @@ class ExpertServicer(ExpertServiceServicer):
 
     def _response(self, layer: int, call: Rows, out_ND: Array) -> ApplyResponse:
         for expert, count in zip(call.experts, call.counts, strict=True):
-            self._tokens[layer, expert].inc(count)
+            metrics.LEDGER.enter(self._tokens[layer, expert], count)
         digests = [self._digests[layer, expert] for expert in call.experts]
         response = ApplyResponse(layer=layer, experts=call.experts, digests=digests)
         wire.fill(response.rows, out_ND)

@@ -167,6 +167,8 @@ class Mesh:
             Unavailable: Names the first that has none.
         """
         self.require_stages()
+        if all(service.has_live for service in self.experts):
+            return
         for layer, expert in self._pair2services:
             self.holder(layer, expert)
 

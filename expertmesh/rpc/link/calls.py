@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from functools import partial
+from time import monotonic
 from typing import Any
 
 import grpc
@@ -29,17 +30,24 @@ class Calls:
         path2handler: The methods there are.
         start: Starts a call; is given what the message holds, or the error that it could not be read, and whether no
             other call can have come.
-        is_only: Whether no other link is there.
+        others_are_quiet: Whether, at a time of `time.monotonic`, no other link brings calls.
+
+    Attributes:
+        taken_s: When the last call came.
     """
 
     def __init__(
-        self, path2handler: Mapping[str, grpc.RpcMethodHandler], start: Start, is_only: Callable[[], bool]
+        self,
+        path2handler: Mapping[str, grpc.RpcMethodHandler],
+        start: Start,
+        others_are_quiet: Callable[[Calls, float], bool],
     ) -> None:
-        self._path2handler, self._start, self._is_only = path2handler, start, is_only
+        self._path2handler, self._start, self._others_are_quiet = path2handler, start, others_are_quiet
         self._under_way: dict[int, asyncio.Future[Any]] = {}
         self._settling = False
         self.connection: Connection | None = None
         self.taken = 0
+        self.taken_s = 0.0
 
     @property
     def is_busy(self) -> bool:
@@ -69,7 +77,9 @@ class Calls:
             except InvalidInput as error:
                 read = error
             self.taken += 1
-            is_alone = self.connection is not None and not self.connection.has_more and self._is_only()
+            self.taken_s = monotonic()
+            has_more = self.connection is None or self.connection.has_more
+            is_alone = not has_more and self._others_are_quiet(self, self.taken_s)
             context = copy_context()  # a call's own, as a task has
             under_way, finish = context.run(self._start, request, read, is_alone)
             if under_way.done():

@@ -29,6 +29,7 @@ from expertmesh.v1.link_pb2 import LinkRequest, LinkResponse
 
 QUIET_S = 0.3  # callers that send nothing for so long have let go
 LOOK_EVERY_S = 0.02
+IDLE_S = 0.1  # a link that brought nothing for so long is not looked at before a call of another is computed
 
 
 class LinkServicer:
@@ -146,7 +147,12 @@ class LinkServicer:
         return connection
 
     def _calls(self) -> Calls:
-        return Calls(self._path2handler, self._start, lambda: len(self._links) == 1)
+        return Calls(self._path2handler, self._start, self._others_are_quiet)
+
+    def _others_are_quiet(self, own: Calls, now_s: float) -> bool:
+        if len(self._links) == 1:
+            return True
+        return all(one is own or now_s - one.taken_s > IDLE_S for one in self._links)
 
     def _begin(self, calls: Calls, connection: Connection) -> None:
         self._links.add(calls)

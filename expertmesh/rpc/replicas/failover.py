@@ -59,7 +59,7 @@ class Failover:
         self._turns = count(1)
         self.retries = Budget(PER_CALL, MOST, MOST)
         self._hedging, self._latency, self._probation = Hedging(), Latency(), Probation(service)
-        self._why2calls = {why: metrics.CALLS.labels(service, why) for why in ("first", "retry", "hedge")}
+        self._why2calls = {why: metrics.CALLS.labels(service, why).inc for why in ("first", "retry", "hedge")}
         self.jury = Jury(lambda: members.live)
         self._compared_s = -inf
 
@@ -110,7 +110,7 @@ class Failover:
 
     def begin(self, replica: Replica, why: str) -> None:
         """Takes down that a replica is called, and why: "first", "retry" or "hedge"."""
-        self._why2calls[why].inc()
+        metrics.LEDGER.enter(self._why2calls[why])
         replica.last_turn = next(self._turns)
 
     async def _attempt_with_peers(self, asked: Asked[ReplyT], replica: Replica, why: str, times: Times) -> ReplyT:

@@ -93,7 +93,7 @@ class ReplicaSet:
     @property
     def has_live(self) -> bool:
         """Whether a replica is live that does not drain."""
-        return any(one.state is State.LIVE for one in self.replicas)
+        return State.LIVE in [one.state for one in self._members.replicas]
 
     @property
     def are_met(self) -> bool:
