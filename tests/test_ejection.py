@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from expertmesh.errors import NotFinite, Unavailable
+from expertmesh.rpc.link.reply import Reply
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replicas import ejection
 from expertmesh.rpc.replicas.ejection import FAILURES_IN_ROW, FORGIVEN_S, LATE_IN_ROW, PAUSE_MOST_S, Record, Why
@@ -15,6 +16,7 @@ from expertmesh.rpc.replicas.latency import Times
 from expertmesh.rpc.replicas.probation import Probation, Witness
 from expertmesh.rpc.replicas.replica import State
 from expertmesh.rpc.replicas.replica_set import ReplicaSet
+from expertmesh.rpc.replicas.sent import Sent
 from expertmesh.telemetry import metrics
 from expertmesh.v1.inference_pb2 import Classification, ClassifyResponse
 from tests.doubles.moody import Moody
@@ -231,8 +233,13 @@ class Answering:
         self._reply = reply
         self.verdicts: list[str] = []
 
-    async def attempt(self, method: str, request: Any, timeout_s: float, read: Any, patience_s: float) -> Any:
-        return read(self._reply, Origin("", "cpu"))
+    def send(self, method: str, request: Any, timeout_s: float, patience_s: float) -> Sent:
+        sent = Sent(Reply(), Origin("", "cpu"), timeout_s, patience_s)
+        sent.reply.settle(self._reply)
+        return sent
+
+    def read(self, sent: Sent, read: Any) -> Any:
+        return read(sent.reply.message, sent.origin)
 
     def acquit(self, reason: str) -> None:
         self.verdicts.append("acquitted")

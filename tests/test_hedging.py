@@ -9,9 +9,9 @@ import pytest
 
 from expertmesh import wire
 from expertmesh.errors import DeadlineExceeded, Unavailable
+from expertmesh.rpc.alarms import Alarms
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.replicas import hedging
-from expertmesh.rpc.replicas.alarms import Alarms
 from expertmesh.rpc.replicas.hedging import Hedging, Race, size_of
 from expertmesh.rpc.replicas.latency import LEAST, Latency, Times
 from expertmesh.rpc.replicas.replica_set import ReplicaSet

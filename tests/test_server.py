@@ -268,7 +268,7 @@ async def test_a_call_over_a_link_is_answered_before_the_stop() -> None:
     async with served(Settings(listen=address, grace_s=20), load) as channel:
         link = LinkChannel(address, channel, "embedding")
         await link.open(5)
-        call = asyncio.create_task(EmbeddingServiceStub(link).Embed(EmbedRequest(), 20))  # type: ignore[arg-type]
+        call = asyncio.ensure_future(EmbeddingServiceStub(link).Embed(EmbedRequest(), 20))  # type: ignore[arg-type]
         await double.arrived.wait()
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(TimeoutError):
@@ -291,7 +291,7 @@ async def test_a_call_over_a_link_that_does_not_end_is_cut_off_after_the_grace()
     async with served(Settings(listen=address, grace_s=0.05), load) as channel:
         link = LinkChannel(address, channel, "embedding")
         await link.open(5)
-        call = asyncio.create_task(EmbeddingServiceStub(link).Embed(EmbedRequest(), 20))  # type: ignore[arg-type]
+        call = asyncio.ensure_future(EmbeddingServiceStub(link).Embed(EmbedRequest(), 20))  # type: ignore[arg-type]
         await double.arrived.wait()
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Unavailable):

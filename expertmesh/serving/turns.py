@@ -74,6 +74,7 @@ class Turns:
         self._is_running = False
         self._queue_seconds = metrics.QUEUE_SECONDS.labels(kind).observe
         self._work = metrics.Work(kind)
+        self._without_gradients = torch.inference_mode()  # to make one for every call would cost as much as to enter it
 
     def run(self, rows: int, work: Callable[[], ResultT], is_alone: bool = False) -> asyncio.Future[ResultT]:
         """Runs work when it is its turn.
@@ -136,11 +137,11 @@ class Turns:
             self._is_running = False
 
     def _do(self, together: list[_Waiting]) -> None:
-        rows = sum(one.rows for one in together)
+        rows = together[0].rows if len(together) == 1 else sum(one.rows for one in together)
         started_s = perf_counter()
         for one in together:
             metrics.LEDGER.enter(self._queue_seconds, started_s - one.arrived_s)
-        outcomes = _compute(together)
+        outcomes = self._compute(together)
         left_s = started_s + self._simulated.of(rows) - perf_counter()
         if left_s > 0:
             asyncio.get_running_loop().call_later(left_s, self._end, together, outcomes, rows, started_s)
@@ -173,18 +174,17 @@ class Turns:
             rows += one.rows
         return together
 
-
-def _compute(together: Sequence[_Waiting]) -> Sequence[Any]:
-    """A result for each, or the exception that ended the work; nothing may end the queue."""
-    try:
-        with torch.inference_mode():
-            outcomes = together[0].work([one.item for one in together])
-        if len(outcomes) != len(together):
-            raise ValueError(f"the work gave {len(outcomes)} results for {len(together)} items")
-        return outcomes
-    except StopIteration as error:  # which futures do not take
-        ended = RuntimeError("the work raised StopIteration")
-        ended.__cause__ = error
-        return [ended] * len(together)
-    except Exception as error:
-        return [error] * len(together)
+    def _compute(self, together: Sequence[_Waiting]) -> Sequence[Any]:
+        """A result for each, or the exception that ended the work; nothing may end the queue."""
+        try:
+            with self._without_gradients:
+                outcomes = together[0].work([one.item for one in together])
+            if len(outcomes) != len(together):
+                raise ValueError(f"the work gave {len(outcomes)} results for {len(together)} items")
+            return outcomes
+        except StopIteration as error:  # which futures do not take
+            ended = RuntimeError("the work raised StopIteration")
+            ended.__cause__ = error
+            return [ended] * len(together)
+        except Exception as error:
+            return [error] * len(together)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -16,7 +16,9 @@ from expertmesh.dispatch import Applied, ApplyExperts
 from expertmesh.errors import CorruptReply, NotFinite, Unavailable
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
+from expertmesh.rpc.replicas.asked import Asked
 from expertmesh.rpc.replicas.replica_set import ReplicaSet
+from expertmesh.rpc.replicas.together import take_together
 from expertmesh.v1.expert_pb2 import ApplyRequest, ApplyResponse
 
 from .mesh import Mesh, expert_unavailable
@@ -64,6 +66,15 @@ class _Layer:
     missing: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Message:
+    """Rows of one or several experts, sent to one service."""
+
+    service: ReplicaSet
+    work: Work
+    asked: Asked[Rows]
+
+
 class ExpertCalls:
     """Asks expert services.
 
@@ -106,15 +117,30 @@ class ExpertCalls:
                 self._miss(layer, [expert], error)
             else:
                 service2work.setdefault(service, []).append((expert, rows))
-        await all_of(
-            [
-                self._apply_at(service, layer, message)
-                for service, held in service2work.items()
-                for message in messages(held, self._mesh.message_rows)
-            ]
-        )
+        most_rows = self._mesh.message_rows
+        await self._exchange(layer, {service: messages(held, most_rows) for service, held in service2work.items()})
 
-    async def _apply_at(self, service: ReplicaSet, layer: _Layer, work: Work) -> None:
+    async def _exchange(self, layer: _Layer, service2parts: Mapping[ReplicaSet, Sequence[Work]]) -> None:
+        """Sends every part of the work in a message, all at once, and puts what comes back where it belongs.
+
+        As long as nothing is wrong with an answer, each is taken as it comes; then those that are left get tasks.
+        """
+        sent: list[_Message] = []
+        try:
+            for service, parts in service2parts.items():
+                for part in parts:
+                    sent.append(self._send(service, layer, part))
+            left: Sequence[int] = range(len(sent))
+            if len(sent) > 1:
+                calls, alarms = [one.asked for one in sent], sent[0].service.alarms
+                left = await take_together(calls, lambda number: self._take(layer, sent[number]), alarms)
+            if left:
+                await all_of([self._receive(layer, sent[number]) for number in left])
+        finally:
+            for one in sent:
+                one.asked.abandon()
+
+    def _send(self, service: ReplicaSet, layer: _Layer, work: Work) -> _Message:
         experts = [expert for expert, _ in work]
         rows_ND = layer.rows_ND
         sent_ND = rows_ND[work[0][1]] if len(work) == 1 else np.concatenate([rows_ND[rows] for _, rows in work])
@@ -132,17 +158,27 @@ class ExpertCalls:
             counts=[rows.stop - rows.start for _, rows in work],
         )
         wire.fill(request.rows, sent_ND)
+        return _Message(service, work, service.begin("Apply", request, self._deadline, read))
+
+    def _take(self, layer: _Layer, message: _Message) -> None:
+        self._put(layer, message.work, message.service.take(message.asked))
+
+    async def _receive(self, layer: _Layer, message: _Message) -> None:
+        service, work = message.service, message.work
         try:
-            given_ND = await service.call("Apply", request, self._deadline, read)
+            self._put(layer, work, await service.finish(message.asked))
         except NotFinite as error:
             await self._not_finite(error, service, layer, work)
-            return
         except (Unavailable, CorruptReply) as error:
             if service.live:
-                self._miss(layer, experts, expert_unavailable(error, layer.number, experts[0]))
+                expert = work[0][0]
+                self._miss(layer, [one for one, _ in work], expert_unavailable(error, layer.number, expert))
             else:
                 await self._apply_all(layer, work)  # by others that hold these experts, if there are any
-            return
+
+    @staticmethod
+    def _put(layer: _Layer, work: Work, given_ND: Rows) -> None:
+        """Puts rows that have come where they belong."""
         start = 0
         for _, rows in work:
             stop = start + rows.stop - rows.start
@@ -152,7 +188,7 @@ class ExpertCalls:
     async def _not_finite(self, error: NotFinite, service: ReplicaSet, layer: _Layer, work: Work) -> None:
         """Of a message with several experts each is asked for by itself, to learn whose rows they are."""
         if self._absence is Absence.LEAVES_OUT_BROKEN and len(work) > 1:
-            await all_of([self._apply_at(service, layer, [one]) for one in work])
+            await self._exchange(layer, {service: [[one] for one in work]})
             return
         expert = work[0][0]
         error.layer, error.expert = layer.number, expert

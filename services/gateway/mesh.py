@@ -236,7 +236,7 @@ class Mesh:
 
     def expert_digest(self, layer: int, expert: int) -> bytes:
         """The digest that an expert's reply must carry."""
-        return self.manifest.parts[names.expert_part(layer, expert)].digest
+        return self._pair2digest[layer, expert]
 
     def _take_places(self) -> None:
         """Puts every replica set where the placement says."""
@@ -249,6 +249,8 @@ class Mesh:
         for placed, replicas in zip(self._placement.experts, self.experts, strict=True):
             for pair in placed.pairs:
                 self._pair2services.setdefault(pair, []).append(replicas)
+        parts = self.manifest.parts
+        self._pair2digest = {pair: parts[names.expert_part(*pair)].digest for pair in self._pair2services}
 
     def _replica_set(self, placed: Placed) -> ReplicaSet:
         kind, digests = placed.service.kind, {name: self.manifest.parts[name].digest for name in placed.parts}

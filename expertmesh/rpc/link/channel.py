@@ -6,20 +6,23 @@ It does not retry, balance or reconnect by itself; see `rpc.replicas.replica` fo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from itertools import count
+from time import monotonic
 from typing import Any
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from expertmesh.errors import CorruptReply, DeadlineExceeded, MeshError, Unavailable
+from expertmesh.errors import CorruptReply, MeshError, Unavailable
 from expertmesh.rpc import request_id
+from expertmesh.rpc.alarms import Alarms
 from expertmesh.rpc.errors import STATUSES, from_status
 from expertmesh.rpc.link import socket
 from expertmesh.rpc.link.frames import Connection, OnEnd
+from expertmesh.rpc.link.reply import Reply
 from expertmesh.rpc.link.stream import StreamConnection
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.settings import LINK_SUFFIX
@@ -30,7 +33,8 @@ from expertmesh.v1.link_pb2_grpc import LinkServiceStub
 
 FRAME_BYTES = 1024  # room for what a frame has beside its message
 Parse = Callable[[Any], Any]
-Call = Callable[[Any, float], Any]
+Call = Callable[[Any, float], Awaitable[Any]]
+Trace = Mapping[str, str]
 
 
 class LinkChannel:
@@ -63,7 +67,8 @@ class LinkChannel:
         self._max_message_bytes = max_message_bytes
         self._numbers = count(1)
         self._opened = 0
-        self._pending: dict[int, tuple[asyncio.Future[Any], Parse]] = {}
+        self._pending: dict[int, Reply] = {}
+        self._alarms = Alarms()
         self._connection: Connection | None = None
         self._stream: asyncio.Task[None] | None = None
         self._introduced: asyncio.Future[None] | None = None
@@ -72,6 +77,11 @@ class LinkChannel:
         self.on_drain: Callable[[], None] = lambda: None
         self.ended = asyncio.Event()
         self.ended.set()
+
+    @property
+    def calls_under_way(self) -> int:
+        """Calls that wait for their replies."""
+        return len(self._pending)
 
     async def open(self, timeout_s: float) -> None:
         """Connects and hears who is at the other end; a connection that has calls under way is kept.
@@ -113,10 +123,14 @@ class LinkChannel:
         response_deserializer: Parse,
         _registered_method: bool = False,
     ) -> Call:
-        """One method, as stubs ask a channel for it."""
+        """One method, as stubs ask a channel for it: called with a request and seconds, it gives what can be awaited.
 
-        def call(request: Any, timeout_s: float) -> Any:
-            return self._call(method, request_serializer(request), response_deserializer, timeout_s)
+        That is a `Reply`, which is under way, unless calls are traced.
+        """
+
+        def call(request: Any, timeout_s: float) -> Awaitable[Any]:
+            send = self._send_traced if self._tracing.is_on else self._send
+            return send(method, request_serializer(request), response_deserializer, timeout_s)
 
         return call
 
@@ -124,45 +138,43 @@ class LinkChannel:
         """A method with a stream of replies, which has a call of its own."""
         return self._channel.unary_stream(*args, **kwargs)
 
-    async def _call(self, method: str, message: bytes, parse: Parse, timeout_s: float) -> Any:
-        """Makes one call; gives its reply, None if that cannot be parsed.
+    def _send(self, method: str, message: bytes, parse: Parse, timeout_s: float, trace: Trace | None = None) -> Reply:
+        """Makes one call. Its reply is None if that cannot be parsed; else it is a message, or one of these errors.
 
-        Raises:
-            Unavailable: The connection has ended.
-            CorruptReply: It has, since something came over it that was not sent like that.
-            DeadlineExceeded: The reply did not come in time.
-            MeshError: The other side refused the call.
+        Unavailable: The connection has ended. CorruptReply: It has, since something came over it that was not sent like
+        that. DeadlineExceeded: The reply did not come in time. Other MeshError: The other side refused the call.
         """
+        reply = Reply(next(self._numbers), parse, self._leave)
         connection = self._connection
         if connection is None or self.ended.is_set():
-            raise Unavailable(f"{self._service} does not answer", self._service)
-        if len(message) > self._max_message_bytes - FRAME_BYTES:
-            raise from_status(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"a message of {len(message)} bytes is too large",
-                b"",
-                self._service,
-            )
-        loop = asyncio.get_running_loop()
-        number = next(self._numbers)
-        reply: asyncio.Future[Any] = loop.create_future()
-        self._pending[number] = reply, parse
-        timer = loop.call_later(timeout_s, _expire, reply)
-        head = LinkRequest(call=number, method=method, timeout_us=int(timeout_s * 1e6), request_id=request_id.current())
-        try:
-            if not self._tracing.is_on:
-                connection.send(head, message)
-                return await reply
-            with self._tracing.client_span(method) as trace:
-                head.trace.update(trace)
-                connection.send(head, message)
-                return await reply
-        except (asyncio.CancelledError, DeadlineExceeded):
-            connection.send(LinkRequest(call=number), b"")  # nobody waits for it any more
-            raise
-        finally:
-            timer.cancel()
-            self._pending.pop(number, None)
+            reply.settle(None, Unavailable(f"{self._service} does not answer", self._service))
+        elif len(message) > self._max_message_bytes - FRAME_BYTES:
+            text = f"a message of {len(message)} bytes is too large"
+            reply.settle(None, from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, text, b"", self._service))
+        else:
+            self._pending[reply.call] = reply
+            self._alarms.set(reply.expire, monotonic() + timeout_s)
+            timeout_us, identity = int(timeout_s * 1e6), request_id.current()
+            head = LinkRequest(call=reply.call, method=method, timeout_us=timeout_us, request_id=identity, trace=trace)
+            connection.send(head, message)
+        return reply
+
+    async def _send_traced(self, method: str, message: bytes, parse: Parse, timeout_s: float) -> Any:
+        """Makes one call in a span of its own; gives its reply, or raises its error."""
+        with self._tracing.client_span(method) as trace:
+            return await self._send(method, message, parse, timeout_s, trace)
+
+    def _leave(self, reply: Reply) -> None:
+        """Tells the other side that nobody waits for a reply any more."""
+        if self._forget(reply.call) is not None and self._connection is not None:
+            self._connection.send(LinkRequest(call=reply.call), b"")
+
+    def _forget(self, call: int) -> Reply | None:
+        """The reply that a call waits for, which does not wait any more."""
+        reply = self._pending.pop(call, None)
+        if reply is not None:
+            self._alarms.withdraw(reply.expire)
+        return reply
 
     async def _open_socket(self, on_end: OnEnd) -> None:
         path = self._address.removeprefix("unix:") + LINK_SUFFIX
@@ -186,17 +198,17 @@ class LinkChannel:
         if not head.call:
             self._meet(message)
             return
-        reply, parse = self._pending.get(head.call, (None, None))
-        if reply is None or parse is None or reply.done():
+        reply = self._forget(head.call)
+        if reply is None:
             return
         if head.code:
             code = STATUSES.get(head.code, grpc.StatusCode.UNKNOWN)
-            reply.set_exception(from_status(code, head.text, head.details, self._service))
+            reply.settle(None, from_status(code, head.text, head.details, self._service))
             return
         try:
-            reply.set_result(parse(message))
+            reply.settle(reply.parse(message))
         except DecodeError:
-            reply.set_result(None)
+            reply.settle(None)
 
     def _meet(self, message: bytes | memoryview) -> None:
         if self._introduced is None:
@@ -225,11 +237,7 @@ class LinkChannel:
             self._introduced.set_exception(gone)
             self._introduced.exception()  # whoever opened it may have left already
         failed = CorruptReply("what came of it was changed on its way", self._service) if is_damaged else gone
-        for reply, _ in list(self._pending.values()):
-            if not reply.done():
-                reply.set_exception(failed)
-
-
-def _expire(reply: asyncio.Future[Any]) -> None:
-    if not reply.done():
-        reply.set_exception(DeadlineExceeded("the deadline has passed"))
+        for call in list(self._pending):
+            if (reply := self._forget(call)) is not None:
+                reply.settle(None, failed)
+        self._alarms.close()

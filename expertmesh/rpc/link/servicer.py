@@ -175,7 +175,8 @@ class LinkServicer:
         try:
             if isinstance(message, InvalidInput):
                 raise message
-            future = asyncio.ensure_future(handler.unary_unary(message, LinkContext(request.timeout_us, is_alone)))
+            given = handler.unary_unary(message, LinkContext(request.timeout_us, is_alone))
+            future = given if isinstance(given, asyncio.Future) else asyncio.ensure_future(given)
         except (Exception, asyncio.CancelledError) as error:
             future = asyncio.get_running_loop().create_future()
             future.set_exception(error)

@@ -6,7 +6,7 @@ It does not know of other replicas; see `rpc.replicas.replica_set` for who is as
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from math import inf
 from typing import Any, TypeVar
 
@@ -17,12 +17,15 @@ from expertmesh.errors import CorruptReply, DeadlineExceeded, MeshError, NonFini
 from expertmesh.rpc import request_id
 from expertmesh.rpc.errors import from_call
 from expertmesh.rpc.link.channel import LinkChannel
+from expertmesh.rpc.link.reply import Reply
 from expertmesh.rpc.origin import Origin
+from expertmesh.rpc.replicas.sent import Sent
 from expertmesh.v1.description_pb2 import DescribeResponse
 
 ReplyT = TypeVar("ReplyT")
 
 ATTEMPT_TIMEOUT_S = 10.0  # a replica that takes longer is given up, whatever time the caller has
+NOWHERE = Origin("", "")
 
 
 class Caller:
@@ -33,9 +36,6 @@ class Caller:
         channel: A channel to it.
         stub: Makes the generated stub of its gRPC service for a channel.
         link: What takes the place of the channel for the unary calls of a process that offers it.
-
-    Attributes:
-        calls_under_way: Calls that have not ended.
     """
 
     def __init__(self, service: str, channel: grpc.aio.Channel, stub: Callable[[Any], Any], link: LinkChannel) -> None:
@@ -43,7 +43,7 @@ class Caller:
         self._channel, self._link = channel, link
         self._stub, self._link_stub = stub(channel), stub(link)
         self._description, self._links = DescribeResponse(), False
-        self.calls_under_way = 0
+        self._own_under_way = 0
 
     def meet(self, description: DescribeResponse, links: bool) -> None:
         """Takes over what the replica says of itself: every reply must come from a process of that model.
@@ -61,47 +61,57 @@ class Caller:
             return not self._link.ended.is_set()
         return self._channel.get_state() is grpc.ChannelConnectivity.READY
 
-    async def attempt(
-        self,
-        method: str,
-        request: Any,
-        timeout_s: float,
-        read: Callable[[Any, Origin], ReplyT],
-        patience_s: float = inf,
-    ) -> ReplyT:
-        """Calls it once; see `ReplicaSet.call`.
+    @property
+    def calls_under_way(self) -> int:
+        """Calls that have not ended."""
+        return self._own_under_way + self._link.calls_under_way
+
+    def send(self, method: str, request: Any, timeout_s: float, patience_s: float = inf) -> Sent:
+        """Calls it once; over a link, the call is under way when this returns, unless it is traced.
+
+        Args:
+            method: Name of the RPC.
+            request: Its message.
+            timeout_s: When the answer is of no use any more.
+            patience_s: How long this replica is waited for.
+        """
+        bounded_s = min(timeout_s, patience_s, ATTEMPT_TIMEOUT_S)
+        if not self._links:
+            return Sent(Reply(), NOWHERE, timeout_s, bounded_s, self._called(method, request, bounded_s))
+        reply = getattr(self._link_stub, method)(request, bounded_s)
+        if isinstance(reply, Reply):
+            return Sent(reply, self._link.origin, timeout_s, bounded_s)
+        return Sent(Reply(), NOWHERE, timeout_s, bounded_s, self._called_over_link(reply))
+
+    def read(self, sent: Sent, read: Callable[[Any, Origin], ReplyT]) -> ReplyT:
+        """Gives the answer to a call whose reply is in; see `ReplicaSet.finish`.
 
         Raises:
-            Unavailable: It is gone, or took longer than `patience_s` or `ATTEMPT_TIMEOUT_S`.
+            Unavailable: It is gone, or took longer than the patience or `ATTEMPT_TIMEOUT_S`.
             CorruptReply: Its reply cannot be right.
             MeshError: It refused the call.
         """
-        self.calls_under_way += 1
-        bounded_s = min(timeout_s, patience_s, ATTEMPT_TIMEOUT_S)
-        try:
-            if self._links:
-                reply = await getattr(self._link_stub, method)(request, bounded_s)
-                origin = self._link.origin
-            else:
-                reply, origin = await self._called(method, request, bounded_s)
-        except DeadlineExceeded:
-            if timeout_s <= bounded_s:
-                raise
-            late = f"{self._service} did not answer within {bounded_s:.0f} s"
-            raise Unavailable(late, self._service) from None
-        finally:
-            self.calls_under_way -= 1
-        require_message(reply)
-        if origin.model_digest != self._description.model_digest:
+        reply = sent.reply
+        if reply.error is not None:
+            if isinstance(reply.error, DeadlineExceeded) and sent.bounded_s < sent.timeout_s:
+                late = f"{self._service} did not answer within {sent.bounded_s:.0f} s"
+                raise Unavailable(late, self._service)
+            raise reply.error
+        require_message(reply.message)
+        if sent.origin.model_digest != self._description.model_digest:
             raise CorruptReply("it comes from a process of another model")
         try:
-            return read(reply, origin)
+            return read(reply.message, sent.origin)
         except NonFiniteInput as error:
             raise NotFinite(str(error)) from None
         except MeshError as error:
             raise CorruptReply(str(error)) from None
 
+    async def _called_over_link(self, reply: Awaitable[Any]) -> tuple[Any, Origin]:
+        return await reply, self._link.origin
+
     async def _called(self, method: str, request: Any, timeout_s: float) -> tuple[Any, Origin]:
+        self._own_under_way += 1
         call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=request_id.to_metadata())
         try:
             reply = await call
@@ -110,6 +120,8 @@ class Caller:
             raise from_call(error, self._service) from None
         except asyncio.CancelledError:
             raise self._unless_cancelled() from None
+        finally:
+            self._own_under_way -= 1
 
     def _unless_cancelled(self) -> BaseException:
         """What is to be raised for a call that was cancelled: by whoever waits, or as its channel was closed."""
@@ -128,7 +140,7 @@ class Caller:
             CorruptReply: A reply cannot be right.
             MeshError: It refused the call.
         """
-        self.calls_under_way += 1
+        self._own_under_way += 1
         call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=request_id.to_metadata())
         try:
             async for reply in call:
@@ -143,7 +155,7 @@ class Caller:
         except asyncio.CancelledError:
             raise self._unless_cancelled() from None
         finally:
-            self.calls_under_way -= 1
+            self._own_under_way -= 1
             call.cancel()  # a stream that nobody reads any more is not ended by itself
 
 

@@ -16,12 +16,14 @@ from expertmesh.errors import (
     CorruptReply,
     Failed,
     InvalidInput,
+    MeshError,
     NonFiniteInput,
     NotFinite,
     Overloaded,
     Unavailable,
     WrongPart,
 )
+from expertmesh.rpc.alarms import Alarms
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replicas.asked import Asked
@@ -33,6 +35,7 @@ from expertmesh.rpc.replicas.latency import Latency, Times
 from expertmesh.rpc.replicas.members import Members
 from expertmesh.rpc.replicas.probation import Probation, Witness
 from expertmesh.rpc.replicas.replica import Replica, State
+from expertmesh.rpc.replicas.sent import Sent
 from expertmesh.telemetry import metrics
 
 ReplyT = TypeVar("ReplyT")
@@ -68,15 +71,15 @@ class Failover:
         await self._probation.close()
         self._hedging.alarms.close()
 
-    async def call(
+    def begin(
         self,
         method: str,
         request: Any,
         deadline: Deadline,
         read: Callable[[Any, Origin], ReplyT],
         at: Replica | None,
-    ) -> ReplyT:
-        """See `ReplicaSet.call`."""
+    ) -> Asked[ReplyT]:
+        """See `ReplicaSet.begin`."""
         times = None
         if at is not None:
             self.jury.keeps_sequences = True
@@ -85,54 +88,86 @@ class Failover:
             self._compared_s = monotonic()
         asked = Asked(method, request, deadline, read, at, times)
         self.retries.earn()
-        why = "first"
+        self._ask_next(asked, "first")
+        return asked
+
+    def take(self, asked: Asked[ReplyT]) -> ReplyT:
+        """See `ReplicaSet.take`."""
+        assert asked.replica is not None
+        assert asked.sent is not None
+        try:
+            return self._read(asked, asked.replica, asked.sent)
+        except MeshError as error:
+            asked.error = error
+            raise
+
+    async def finish(self, asked: Asked[ReplyT]) -> ReplyT:
+        """See `ReplicaSet.finish`."""
         while True:
-            replica = self._members.pick(asked.tried, at)
-            if replica is None:
+            replica, sent = asked.replica, asked.sent
+            if replica is None or sent is None:
                 raise self._members.unavailable(self._service)
             try:
-                if times is None or len(self._members.replicas) == 1:
-                    return await self._attempt(asked, replica, why)
-                return await self._attempt_with_peers(asked, replica, why, times)
+                if asked.error is not None:
+                    raise asked.error
+                if asked.times is None or asked.late_s == inf or sent.reply.is_in:
+                    return await self._receive(asked, replica, sent)
+                return await self._receive_first(asked, replica, sent, asked.times)
             except (Unavailable, CorruptReply, Overloaded) as error:
-                if self._members.pick(asked.tried, at) is None:
+                if self._members.pick(asked.tried, asked.at) is None:
                     raise
                 # what was under way when a connection ended is repeated freely: it cannot happen again to these calls
                 is_free = isinstance(error, Unavailable) and not replica.is_connected
                 if not is_free and not self.retries.take():
                     raise exhausted(self._service, error) from None
-            why = "retry"
+            self._ask_next(asked, "retry")
+
+    @property
+    def alarms(self) -> Alarms:
+        """What tells that calls are late."""
+        return self._hedging.alarms
 
     @property
     def compares(self) -> bool:
         """Whether calls were made lately whose replies can be compared."""
         return monotonic() - self._compared_s < COMPARED_LATELY_S
 
-    def begin(self, replica: Replica, why: str) -> None:
+    def begin_at(self, replica: Replica, why: str) -> None:
         """Takes down that a replica is called, and why: "first", "retry" or "hedge"."""
         metrics.LEDGER.enter(self._why2calls[why])
         replica.last_turn = next(self._turns)
 
-    async def _attempt_with_peers(self, asked: Asked[ReplyT], replica: Replica, why: str, times: Times) -> ReplyT:
-        """An attempt that another replica takes part in if this one is late, and that proves a third one."""
-        self._hedging.earn()
-        proving = self._probation.next_of(self._members.replicas)
-        if proving is not None and not isinstance(asked.read, Witness):
-            asked.read = Witness(asked.read)
-        delay_s = self._hedging.delay_s(times)
-        if delay_s == inf:
-            answer = await self._attempt(asked, replica, why)
-        else:
-            started_s = monotonic()
-            race = Race(self._hedging.alarms, started_s + delay_s, self._second, (asked, times, started_s))
-            answer = await race.run(self._attempt(asked, replica, why))
-            if race.second_won:
-                waited_s = monotonic() - started_s
-                times.add(waited_s)
-                replica.record.late(waited_s, times.median_s)
-                self.jury.look(replica)
-        if proving is not None and isinstance(asked.read, Witness):
-            self._probation.begin(proving, asked.method, asked.request, asked.read, times)
+    def _ask_next(self, asked: Asked[ReplyT], why: str) -> None:
+        """Sends the call to whoever is next. Where there are others, it is late after a while, and may prove one."""
+        asked.sent, asked.late_s, asked.error = None, inf, None
+        asked.replica = replica = self._members.pick(asked.tried, asked.at)
+        if replica is None:
+            return
+        asked.sent = self._send(asked, replica, why)
+        if asked.times is not None and len(self._members.replicas) > 1:
+            self._hedging.earn()
+            asked.late_s = asked.sent.sent_s + self._hedging.delay_s(asked.times)
+            asked.proving = self._probation.next_of(self._members.replicas)
+            if asked.proving is not None and not isinstance(asked.read, Witness):
+                asked.read = Witness(asked.read)
+
+    def _send(self, asked: Asked[ReplyT], replica: Replica, why: str) -> Sent:
+        if why == "retry":
+            replica.tell("retried")
+        self.begin_at(replica, why)
+        asked.tried.append(replica.address)
+        patience_s = inf if asked.times is None else asked.times.patience_s
+        return replica.send(asked.method, asked.request, asked.deadline.next_hop_s(), patience_s)
+
+    async def _receive_first(self, asked: Asked[ReplyT], replica: Replica, sent: Sent, times: Times) -> ReplyT:
+        """The answer of a replica, or of another that takes part if this one is late."""
+        race: Race[ReplyT] = Race(self._hedging.alarms, asked.late_s, self._second, (asked, times, sent.sent_s))
+        answer = await race.run(self._receive(asked, replica, sent))
+        if race.second_won:
+            waited_s = monotonic() - sent.sent_s
+            times.add(waited_s)
+            replica.record.late(waited_s, times.median_s)
+            self.jury.look(replica)
         return answer
 
     def _second(
@@ -146,22 +181,20 @@ class Failover:
         allowed = self._hedging.allows(now_s - started_s, times)
         if isinstance(allowed, float):
             return now_s + allowed
-        return self._attempt(asked, other, "hedge") if allowed else None
+        return self._hedge(asked, other) if allowed else None
 
-    async def _attempt(self, asked: Asked[ReplyT], replica: Replica, why: str) -> ReplyT:
-        if why == "retry":
-            replica.tell("retried")
-        self.begin(replica, why)
-        asked.tried.append(replica.address)
-        times, started_s = asked.times, monotonic()
+    async def _hedge(self, asked: Asked[ReplyT], other: Replica) -> ReplyT:
+        return await self._receive(asked, other, self._send(asked, other, "hedge"))
+
+    async def _receive(self, asked: Asked[ReplyT], replica: Replica, sent: Sent) -> ReplyT:
+        await sent.arrive()
+        return self._read(asked, replica, sent)
+
+    def _read(self, asked: Asked[ReplyT], replica: Replica, sent: Sent) -> ReplyT:
+        """The answer of a replica whose reply is in; takes down what that says of the replica."""
+        times = asked.times
         try:
-            answer = await replica.attempt(
-                asked.method,
-                asked.request,
-                asked.deadline.next_hop_s(),
-                asked.read,
-                inf if times is None else times.patience_s,
-            )
+            answer = replica.read(sent, asked.read)
         except (NotFinite, NonFiniteInput) as error:
             asked.suspects.append(replica)
             raise NotFinite(f"{self._service}: {error}", self._service, asked.suspects) from None
@@ -184,7 +217,7 @@ class Failover:
         if times is None:
             replica.record.answered()
         else:
-            took_s = monotonic() - started_s
+            took_s = sent.took_s()
             times.add(took_s)
             replica.record.answered(took_s, times.median_s)
             if took_s > SLOW_S:
@@ -193,6 +226,8 @@ class Failover:
             suspect.refuse("it computed rows that are not finite where another replica's are")
         for one, reason in asked.failed:
             one.refuse(f"another answered what it did not: {reason}")
+        if asked.proving is not None and times is not None and isinstance(asked.read, Witness):
+            self._probation.begin(asked.proving, asked.method, asked.request, asked.read, times)
         return answer
 
     def _suspect(self, asked: Asked[ReplyT], replica: Replica, error: Exception) -> CorruptReply:

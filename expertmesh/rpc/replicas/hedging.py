@@ -11,7 +11,7 @@ from contextvars import copy_context
 from typing import Any, Generic, TypeVar
 
 from expertmesh.errors import DeadlineExceeded
-from expertmesh.rpc.replicas.alarms import Alarms
+from expertmesh.rpc.alarms import Alarms
 from expertmesh.rpc.replicas.budget import Budget
 from expertmesh.rpc.replicas.latency import Times
 

@@ -83,6 +83,9 @@ class Members:
         """
         if at is not None:
             return at if at.answers and at.address not in tried else None
+        if len(self.replicas) == 1:
+            only = self.replicas[0]
+            return only if only.answers and only.address not in tried else None
         best, least, now_s = None, (inf, inf, inf, inf), monotonic()
         for one in self.replicas:
             if one.answers and one.address not in tried:

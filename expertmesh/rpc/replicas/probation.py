@@ -89,7 +89,9 @@ async def _prove(replica: Replica, method: str, request: Any, witness: Witness[A
     is_slow = replica.record.why is Why.SLOW and not isnan(times.median_s)
     patience_s = min(TIMEOUT_S, max(SLOW_S, SLOW_TIMES * times.median_s)) if is_slow else TIMEOUT_S
     try:
-        reply, origin = await replica.attempt(method, request, 2 * TIMEOUT_S, lambda *given: given, patience_s)
+        sent = replica.send(method, request, 2 * TIMEOUT_S, patience_s)
+        await sent.arrive()
+        reply, origin = replica.read(sent, lambda *given: given)
     except Overloaded:
         replica.is_busy()  # a later call is its next chance
         return

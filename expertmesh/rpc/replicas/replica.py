@@ -7,7 +7,7 @@ happens is told as events; whoever wants to count or log them subscribes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from math import inf
@@ -22,6 +22,7 @@ from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replicas.caller import Caller, require_message
 from expertmesh.rpc.replicas.ejection import Record, Why
+from expertmesh.rpc.replicas.sent import Sent
 from expertmesh.telemetry import metrics
 from expertmesh.v1.description_pb2 import DescribeRequest, DescribeResponse
 from expertmesh.v1.description_pb2_grpc import DescriptionServiceStub
@@ -144,16 +145,13 @@ class Replica:
         """Whether the connection that calls go over is there."""
         return self._caller.is_connected
 
-    def attempt(
-        self,
-        method: str,
-        request: Any,
-        timeout_s: float,
-        read: Callable[[Any, Origin], ReplyT],
-        patience_s: float = inf,
-    ) -> Coroutine[Any, Any, ReplyT]:
-        """Calls it once; see `Caller.attempt`."""
-        return self._caller.attempt(method, request, timeout_s, read, patience_s)
+    def send(self, method: str, request: Any, timeout_s: float, patience_s: float = inf) -> Sent:
+        """Calls it once; see `Caller.send`."""
+        return self._caller.send(method, request, timeout_s, patience_s)
+
+    def read(self, sent: Sent, read: Callable[[Any, Origin], ReplyT]) -> ReplyT:
+        """The answer to that, once its reply is in; see `Caller.read`."""
+        return self._caller.read(sent, read)
 
     def stream(
         self, method: str, request: Any, timeout_s: float, read: Callable[[Any], Iterable[ReplyT]]

@@ -17,9 +17,11 @@ from expertmesh.errors import (
     NotFinite,
     Unavailable,
 )
+from expertmesh.rpc.alarms import Alarms
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.origin import Origin
+from expertmesh.rpc.replicas.asked import Asked
 from expertmesh.rpc.replicas.failover import Failover
 from expertmesh.rpc.replicas.members import Members
 from expertmesh.rpc.replicas.replica import Replica, ReplicaEvent, State
@@ -100,6 +102,11 @@ class ReplicaSet:
         """Whether every address has a live replica, which of a name's may be any."""
         return self._members.are_met
 
+    @property
+    def alarms(self) -> Alarms:
+        """What tells that calls to it are late."""
+        return self._failover.alarms
+
     def set_addresses(self, addresses: Sequence[str]) -> None:
         """Lets replicas join and leave; what is under way at one that leaves ends in peace."""
         self._members.set_addresses(addresses)
@@ -112,15 +119,29 @@ class ReplicaSet:
         """The error that says that nobody is left."""
         return self._members.unavailable(self.name)
 
-    def call(
+    async def call(
         self,
         method: str,
         request: Any,
         deadline: Deadline,
         read: Callable[[Any, Origin], ReplyT],
         at: Replica | None = None,
-    ) -> Coroutine[Any, Any, ReplyT]:
-        """Calls one replica, and others if that is lost or answers wrongly.
+    ) -> ReplyT:
+        """Calls one replica, and others if that is lost or answers wrongly: `begin` and `finish` in one.
+
+        See there for arguments and errors.
+        """
+        return await self._failover.finish(self._failover.begin(method, request, deadline, read, at))
+
+    def begin(
+        self,
+        method: str,
+        request: Any,
+        deadline: Deadline,
+        read: Callable[[Any, Origin], ReplyT],
+        at: Replica | None = None,
+    ) -> Asked[ReplyT]:
+        """Calls one replica; whoever does not get to `finish` abandons the call.
 
         Args:
             method: Name of the RPC.
@@ -131,13 +152,29 @@ class ReplicaSet:
             at: The only replica to ask, for calls that are about what it has in memory.
 
         Raises:
+            DeadlineExceeded: Too little time is left for a call.
+        """
+        return self._failover.begin(method, request, deadline, read, at)
+
+    def take(self, asked: Asked[ReplyT]) -> ReplyT:
+        """Gives the answer to a call whose reply is in.
+
+        Raises:
+            MeshError: Something is wrong with it; `finish` knows what to do about that.
+        """
+        return self._failover.take(asked)
+
+    def finish(self, asked: Asked[ReplyT]) -> Coroutine[Any, Any, ReplyT]:
+        """Gives the answer to a call, for which others are called if the first one is lost, late or wrong.
+
+        Raises:
             Unavailable: No replica answered, or too many calls had to be repeated lately.
             NotFinite: NaN or infinity comes of it wherever it is computed; nobody is refused for that.
             CorruptReply: The last replica that was left answered wrongly.
             Overloaded: The last replica that was left has too much to do.
             MeshError: The service refused the call.
         """
-        return self._failover.call(method, request, deadline, read, at)
+        return self._failover.finish(asked)
 
     async def stream(
         self, method: str, request: Any, deadline: Deadline, read: Callable[[Any], Iterable[ReplyT]]
@@ -158,7 +195,7 @@ class ReplicaSet:
         replica = self._members.pick(())
         if replica is None:
             raise self.unavailable()
-        self._failover.begin(replica, "first")
+        self._failover.begin_at(replica, "first")
         try:
             async with aclosing(replica.stream(method, request, deadline.next_hop_s(), read)) as replies:
                 async for reply in replies:
