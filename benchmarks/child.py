@@ -1,7 +1,8 @@
 """A process of its own that answers questions of a benchmark, one JSON line each way. Knows nothing but Python.
 
 So a contender has its own threads, its own environment and, if need be, its own interpreter and packages. Between
-questions it is held by SIGSTOP, so that threads that spin while they wait take nothing from the others.
+questions it is held by SIGSTOP, with whatever it has started, so that threads that spin while they wait, and daemons
+that look after each other, take nothing from the others.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ class Child:
         arguments: Of that.
         environment: Variables beside this process's own.
         python: Its interpreter.
-        held: Whether it is stopped between questions.
     """
 
     def __init__(
@@ -41,11 +41,9 @@ class Child:
         *arguments: str,
         environment: Mapping[str, str] | None = None,
         python: str | Path = sys.executable,
-        held: bool = True,
     ) -> None:
         self._command = [str(python), "-m", module, *arguments]
         self._environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
-        self._held = held
         self._process: asyncio.subprocess.Process
 
     async def __aenter__(self) -> Child:
@@ -101,13 +99,26 @@ class Child:
             self._words.seek(0)
             last = self._words.read()[-LAST_WORDS_BYTES:].decode(errors="replace")
             raise RuntimeError(f"{' '.join(self._command)} ended: {last}")
-        if self._held:
-            self._signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
         return json.loads(line)
 
     def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            self._process.send_signal(number)
+        for pid in family(self._process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def family(pid: int) -> list[int]:
+    """A process that has not been waited for, and those that it has started, and so on."""
+    parent2children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            parent2children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:
+        found += parent2children.get(one, ())
+    return found
 
 
 def serve(answer: Callable[..., Any]) -> None:

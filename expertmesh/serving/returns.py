@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from expertmesh.serving.shedding import Smoothed
 
-WAIT_SHARE = 0.15  # of what the last pass took
+WAIT_SHARE = 0.25  # of what the last pass took
 MOST_WAIT_S = 0.02
 LEAST_BACK = 0.5  # of those that were answered have to be back within that time, as a rule
 
