@@ -95,15 +95,15 @@ def test_the_wait_ends_when_all_are_back_or_the_time_is_over() -> None:
     now_s = 0.0
     returns = Returns(lambda: now_s)
     for _ in range(3):
-        returns.answered(4, 0.1)
+        returns.answered(4, 0.05)
         for _ in range(4):
             returns.came()
-    returns.answered(4, 0.1)
-    assert returns.wait_s() == pytest.approx(WAIT_SHARE * 0.1)
+    returns.answered(4, 0.05)
+    assert returns.wait_s() == pytest.approx(WAIT_SHARE * 0.05)
     for _ in range(3):
         returns.came()
     now_s = 0.01
-    assert returns.wait_s() == pytest.approx(WAIT_SHARE * 0.1 - 0.01)
+    assert returns.wait_s() == pytest.approx(WAIT_SHARE * 0.05 - 0.01)
     returns.came()
     assert returns.wait_s() == 0
     returns.answered(4, 10.0)

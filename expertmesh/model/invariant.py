@@ -88,7 +88,7 @@ def linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Ten
 def _packed_linear(x_ND: Tensor, packed_OD: Tensor, bias_O: Tensor | None) -> Tensor:
     rows = x_ND.shape[0]
     more_rows = packed_rows(rows) - rows
-    x_ND = F.pad(x_ND, (0, 0, 0, more_rows)) if more_rows else aligned(x_ND)
+    x_ND = torch.constant_pad_nd(x_ND, (0, 0, 0, more_rows)) if more_rows else aligned(x_ND)  # as `F.pad`, at once
     product: Tensor = _multiply(x_ND, packed_OD, bias_O, "none", [], "")  # type: ignore[misc]
     return product[:rows] if more_rows else product
 
