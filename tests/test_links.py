@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -28,7 +29,7 @@ from expertmesh.rpc.guard import Guard
 from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.link.context import is_alone
 from expertmesh.rpc.link.frames import checksum
-from expertmesh.rpc.link.servicer import LinkServicer
+from expertmesh.rpc.link.servicer import IDLE_S, LinkServicer
 from expertmesh.rpc.link.socket import SocketConnection, listening
 from expertmesh.v1.description_pb2 import DescribeResponse
 from expertmesh.v1.embedding_pb2 import EmbedRequest, EmbedResponse
@@ -95,9 +96,11 @@ class AtOnceEcho(Echo):
     def __init__(self) -> None:
         super().__init__()
         self.came_alone: list[bool] = []
+        self.computes_s = 0.0
 
     def Embed(self, request: EmbedRequest, context: Any) -> asyncio.Future[EmbedResponse]:  # type: ignore[override]
         self.came_alone.append(is_alone(context))
+        time.sleep(self.computes_s)  # in the event loop, as stages compute
         coroutine = super().Embed(request, context)
         if request.ids.shape == [self.HANG]:
             return asyncio.ensure_future(coroutine)
@@ -176,6 +179,21 @@ async def test_a_call_comes_alone_if_nothing_is_behind_it_and_other_links_are_qu
                 await ends.ask(b"until it has been quiet for a while")
             await other.close()
     assert not is_alone(None)
+
+
+async def test_calls_of_several_links_that_come_while_one_is_computed_for_long_are_not_alone() -> None:
+    """They could share their work, however long that took."""
+    async with linked(AT_ONCE) as ends, open_channel(ends.link._address, MOST_BYTES) as channel:
+        echo: Any = ends.echo
+        echo.computes_s = 1.5 * IDLE_S
+        others = [LinkChannel(ends.link._address, channel, "embedding") for _ in range(2)]
+        for other in others:
+            await other.open(5)
+        asked = [ends.ask(), *(EmbeddingServiceStub(other).Embed(EmbedRequest(), 5) for other in others)]  # type: ignore[arg-type, call-arg]
+        await asyncio.gather(*asked)
+        assert echo.came_alone == [True, False, False]
+        for other in others:
+            await other.close()
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)

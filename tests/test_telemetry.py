@@ -135,6 +135,13 @@ def test_what_is_counted_is_exposed() -> None:
 
 def test_metrics_are_served_over_http_and_no_longer_afterwards() -> None:
     with metrics.MetricsServer("127.0.0.1", 0) as server:
+        counter = metrics.TEXTS.labels("ledger-test")
+        metrics.LEDGER.enter(counter.inc)
+        wanted = f"http://127.0.0.1:{server.port}/metrics?name[]=expertmesh_texts_total"
+        with urllib.request.urlopen(wanted, timeout=10) as answer:
+            told = answer.read().decode()
+            assert 'expertmesh_texts_total{route="ledger-test"} 1.0' in told
+            assert "expertmesh_tasks" not in told
         with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain")
             assert b"# HELP expertmesh_texts_total" in answer.read()

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence
+from contextvars import ContextVar
 from math import inf
 from time import monotonic
 from typing import Any
@@ -96,10 +99,47 @@ async def test_what_is_not_under_way_yet_is_not_waited_for() -> None:
         raise AssertionError("nobody asked for it here")
 
     two = Together(2)
-    sent = Sent(Reply(), NOWHERE, 10, 10, call())
-    two._calls[1].sent = sent
+    two._calls[1].sent = Sent(Reply(), NOWHERE, 10, 10, call)
     assert list(await two.run()) == [0, 1]
-    sent.abandon()  # which closes the coroutine, so that nothing is told of it
+
+
+async def test_what_is_over_holds_on_to_nothing() -> None:
+    """Rows would stay until the garbage collector came by."""
+    two = Together(2)
+    waits = two.start()
+    await asyncio.sleep(0)
+    gone = [weakref.ref(two)]
+    for reply in two.replies:
+        reply.settle("good")
+    await waits
+    gc.disable()
+    try:
+        del two, waits, reply
+        assert gone[0]() is None
+    finally:
+        gc.enable()
+
+
+async def test_replies_are_taken_in_the_context_of_the_request() -> None:
+    request: ContextVar[str] = ContextVar("request", default="none")
+    seen: list[str] = []
+
+    class Seeing(Together):
+        def take(self, number: int) -> None:
+            seen.append(request.get())
+
+    two = Seeing(2)
+
+    async def one_request() -> Sequence[int]:
+        request.set("one")
+        return await two.run()
+
+    waits = asyncio.create_task(one_request())
+    await asyncio.sleep(0)
+    for reply in two.replies:
+        reply.settle("good")
+    await waits
+    assert seen == ["one", "one"]
 
 
 async def test_a_bug_in_reading_is_raised_where_it_is_waited_for() -> None:

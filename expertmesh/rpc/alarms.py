@@ -51,8 +51,8 @@ class Alarms:
         self._disarm()
         now_s = monotonic()
         for ring in [ring for ring, due_s in self._ring2due_s.items() if due_s <= now_s]:
-            del self._ring2due_s[ring]
-            ring()
+            if self._ring2due_s.pop(ring, None) is not None:  # unless the one before has withdrawn it
+                ring()
         if self._ring2due_s:
             due_s = min(self._ring2due_s.values())
             if due_s < self._next_s:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,8 @@ from expertmesh.rpc.link.context import is_alone
 from expertmesh.rpc.settings import ModelSettings
 from expertmesh.serving.turns import SimulatedTime, Turns
 from expertmesh.v1.description_pb2 import DescribeResponse, Part
+
+LAYOUTS, LAYOUT_ROWS = 48, 2048  # kept, and most token rows of one: 40 bytes a row
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -52,6 +55,7 @@ class Stage:
         self.profile: Profile = take_profile(self.spec, self.device)
         simulated = SimulatedTime(settings.simulate_step_ms / 1e3, settings.simulate_row_us / 1e6)
         self.turns = Turns(kind, simulated, together_rows)
+        self._layout = lru_cache(LAYOUTS)(self._new_layout)
 
     @property
     def spec(self) -> ModelSpec:
@@ -96,8 +100,12 @@ class Stage:
         return to_torch(array, self.device)
 
     def sequences(self, lengths_B: npt.NDArray[Any]) -> Sequences:
-        """The layout of a batch on the device."""
-        return Sequences(to_torch(lengths_B, self.device))
+        """The layout of a batch on the device; those of the latest batches, as the next layer's is one, are kept."""
+        lengths = tuple(lengths_B.tolist())
+        return self._layout(lengths) if sum(lengths) <= LAYOUT_ROWS else self._new_layout(lengths)
+
+    def _new_layout(self, lengths: tuple[int, ...]) -> Sequences:
+        return Sequences(torch.tensor(lengths, device=self.device))
 
 
 def open_device(name: str, threads: int) -> torch.device:

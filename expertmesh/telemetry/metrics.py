@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest, start_http_server
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+    start_http_server,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import RestrictedRegistry
 
 from expertmesh.telemetry.ledger import Ledger
 
@@ -136,6 +146,17 @@ def exposition() -> bytes:
     return generate_latest(REGISTRY)
 
 
+class _Posted(CollectorRegistry):
+    """The registry as `/metrics` asks for it: where only some names are wanted, the ledger would not be asked."""
+
+    def collect(self) -> Iterable[Metric]:
+        return REGISTRY.collect()
+
+    def restricted_registry(self, names: Iterable[str]) -> RestrictedRegistry:
+        LEDGER.post()
+        return REGISTRY.restricted_registry(names)
+
+
 @dataclass
 class MetricsServer(AbstractContextManager["MetricsServer"]):
     """Serves `/metrics` over HTTP from a thread.
@@ -154,7 +175,7 @@ class MetricsServer(AbstractContextManager["MetricsServer"]):
     def __post_init__(self) -> None:
         self._server: WSGIServer
         self._thread: Thread
-        self._server, self._thread = start_http_server(self.port, self.host)
+        self._server, self._thread = start_http_server(self.port, self.host, _Posted())
         self.port = self._server.server_port
 
     def __exit__(self, *_: object) -> None:

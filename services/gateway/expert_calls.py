@@ -132,8 +132,8 @@ class ExpertCalls:
                     sent.append(self._send(service, layer, part))
             left: Sequence[int] = range(len(sent))
             if len(sent) > 1:
-                calls, alarms = [one.asked for one in sent], sent[0].service.alarms
-                left = await take_together(calls, lambda number: self._take(layer, sent[number]), alarms)
+                calls = [one.asked for one in sent]
+                left = await take_together(calls, lambda number: self._take(layer, sent[number]), self._mesh.alarms)
             if left:
                 await all_of([self._receive(layer, sent[number]) for number in left])
         finally:

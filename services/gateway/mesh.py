@@ -20,6 +20,7 @@ from expertmesh.checkpoint import manifest as names
 from expertmesh.checkpoint.manifest import Manifest
 from expertmesh.errors import CorruptReply, Unavailable
 from expertmesh.mesh_file import MeshFile
+from expertmesh.rpc.alarms import Alarms
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.replicas.admission import require_parts
@@ -80,6 +81,7 @@ class Mesh:
         self._connect = partial(open_channel, max_message_bytes=max_message_bytes, tracing=tracing)
         self._link = partial(LinkChannel, tracing=tracing, max_message_bytes=max_message_bytes)
         self._names = partial(Names, every_s=resolve_s)
+        self.alarms = Alarms()  # tell that one of several calls is late
         self.on_change: Callable[[], None] = lambda: None  # whoever waits for replicas looks again
         self.draining = False
         self._settled = False
@@ -102,6 +104,7 @@ class Mesh:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Closes every channel."""
+        self.alarms.close()
         for task in self._leaves:
             task.cancel()
         await asyncio.gather(*self._leaves, return_exceptions=True)

@@ -82,6 +82,7 @@ class Calls:
             is_alone = not has_more and self._others_are_quiet(self, self.taken_s)
             context = copy_context()  # a call's own, as a task has
             under_way, finish = context.run(self._start, request, read, is_alone)
+            self.taken_s = monotonic()  # it may be computed by now, during which others could bring nothing
             if under_way.done():
                 context.run(self._answer, request.call, finish, under_way)
                 return

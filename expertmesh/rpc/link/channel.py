@@ -79,6 +79,11 @@ class LinkChannel:
         self.ended.set()
 
     @property
+    def is_traced(self) -> bool:
+        """Whether calls have spans of their own, in which they are made and waited for."""
+        return self._tracing.is_on
+
+    @property
     def calls_under_way(self) -> int:
         """Calls that wait for their replies."""
         return len(self._pending)

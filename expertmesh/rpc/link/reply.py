@@ -25,7 +25,7 @@ class Reply:
         is_in: Whether it has come, or nobody waits for it any more.
         in_s: When that was, on the clock of `time.monotonic`.
         error: What the call ended with, if not well.
-        on_in: Is told when it comes.
+        on_in: Is told when it comes, once.
     """
 
     __slots__ = ("_leave", "call", "error", "in_s", "is_in", "message", "on_in", "parse")
@@ -48,8 +48,9 @@ class Reply:
             return
         self.is_in, self.in_s = True, monotonic()
         self.message, self.error = message, error
-        if self.on_in is not None:
-            self.on_in(self)
+        told, self.on_in = self.on_in, None  # or whoever is told would hold on to this, and this to them
+        if told is not None:
+            told(self)
 
     def expire(self) -> None:
         """Its time is over."""

@@ -6,7 +6,8 @@ It does not know of other replicas; see `rpc.replicas.replica_set` for who is as
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
+from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
@@ -76,12 +77,11 @@ class Caller:
             patience_s: How long this replica is waited for.
         """
         bounded_s = min(timeout_s, patience_s, ATTEMPT_TIMEOUT_S)
-        if not self._links:
-            return Sent(Reply(), NOWHERE, timeout_s, bounded_s, self._called(method, request, bounded_s))
+        if not self._links or self._link.is_traced:
+            call = self._called_over_link if self._links else self._called
+            return Sent(Reply(), NOWHERE, timeout_s, bounded_s, partial(call, method, request, bounded_s))
         reply = getattr(self._link_stub, method)(request, bounded_s)
-        if isinstance(reply, Reply):
-            return Sent(reply, self._link.origin, timeout_s, bounded_s)
-        return Sent(Reply(), NOWHERE, timeout_s, bounded_s, self._called_over_link(reply))
+        return Sent(reply, self._link.origin, timeout_s, bounded_s)
 
     def read(self, sent: Sent, read: Callable[[Any, Origin], ReplyT]) -> ReplyT:
         """Gives the answer to a call whose reply is in; see `ReplicaSet.finish`.
@@ -107,8 +107,8 @@ class Caller:
         except MeshError as error:
             raise CorruptReply(str(error)) from None
 
-    async def _called_over_link(self, reply: Awaitable[Any]) -> tuple[Any, Origin]:
-        return await reply, self._link.origin
+    async def _called_over_link(self, method: str, request: Any, timeout_s: float) -> tuple[Any, Origin]:
+        return await getattr(self._link_stub, method)(request, timeout_s), self._link.origin
 
     async def _called(self, method: str, request: Any, timeout_s: float) -> tuple[Any, Origin]:
         self._own_under_way += 1

@@ -23,7 +23,6 @@ from expertmesh.errors import (
     Unavailable,
     WrongPart,
 )
-from expertmesh.rpc.alarms import Alarms
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.origin import Origin
 from expertmesh.rpc.replicas.asked import Asked
@@ -121,11 +120,6 @@ class Failover:
                 if not is_free and not self.retries.take():
                     raise exhausted(self._service, error) from None
             self._ask_next(asked, "retry")
-
-    @property
-    def alarms(self) -> Alarms:
-        """What tells that calls are late."""
-        return self._hedging.alarms
 
     @property
     def compares(self) -> bool:

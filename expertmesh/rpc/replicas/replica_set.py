@@ -17,7 +17,6 @@ from expertmesh.errors import (
     NotFinite,
     Unavailable,
 )
-from expertmesh.rpc.alarms import Alarms
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.link.channel import LinkChannel
 from expertmesh.rpc.origin import Origin
@@ -101,11 +100,6 @@ class ReplicaSet:
     def are_met(self) -> bool:
         """Whether every address has a live replica, which of a name's may be any."""
         return self._members.are_met
-
-    @property
-    def alarms(self) -> Alarms:
-        """What tells that calls to it are late."""
-        return self._failover.alarms
 
     def set_addresses(self, addresses: Sequence[str]) -> None:
         """Lets replicas join and leave; what is under way at one that leaves ends in peace."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -21,7 +21,7 @@ class Sent:
         origin: Where that comes from.
         timeout_s: When the answer is of no use any more.
         bounded_s: How long this replica is waited for.
-        work: Makes the call, where it is not made yet; gives message and origin.
+        work: Makes the call, where it is not made before it is waited for; gives message and origin.
         sent_s: When it was made, on the clock of `time.monotonic`.
     """
 
@@ -29,7 +29,7 @@ class Sent:
     origin: Origin
     timeout_s: float
     bounded_s: float
-    work: Coroutine[Any, Any, tuple[Any, Origin]] | None = None
+    work: Callable[[], Awaitable[tuple[Any, Origin]]] | None = None
     sent_s: float = field(default_factory=monotonic)
 
     async def arrive(self) -> None:
@@ -38,7 +38,7 @@ class Sent:
             await self.reply.arrive()
             return
         try:
-            message, self.origin = await self.work
+            message, self.origin = await self.work()
             self.reply.settle(message)
         except MeshError as error:
             self.reply.settle(None, error)
@@ -50,5 +50,3 @@ class Sent:
     def abandon(self) -> None:
         """Nobody waits for it any more; that may be said of one whose reply is in."""
         self.reply.abandon()
-        if self.work is not None:
-            self.work.close()

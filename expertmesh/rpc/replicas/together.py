@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from functools import partial
 from math import inf
 from typing import Any
@@ -19,10 +20,10 @@ Take = Callable[[int], None]
 class _Wait:
     """Takes replies as they come; over when all are taken, or something is wrong with one, or one is late."""
 
-    __slots__ = ("_take", "left", "over")
+    __slots__ = ("_context", "_take", "left", "over")
 
     def __init__(self, replies: Sequence[Reply], take: Take) -> None:
-        self._take = take
+        self._take, self._context = take, copy_context()  # of the request, while replies come to whoever reads the link
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.left = dict(enumerate(replies))
         for number, reply in enumerate(replies):
@@ -39,7 +40,7 @@ class _Wait:
     def _one_is_in(self, number: int, reply: Reply) -> None:
         if reply.error is None:
             try:
-                self._take(number)
+                self._context.run(self._take, number)
                 del self.left[number]
             except MeshError:
                 self()
