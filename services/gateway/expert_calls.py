@@ -21,7 +21,8 @@ from expertmesh.rpc.replicas.replica_set import ReplicaSet
 from expertmesh.rpc.replicas.together import take_together
 from expertmesh.v1.expert_pb2 import ApplyRequest, ApplyResponse
 
-from .mesh import Mesh, expert_unavailable
+from .holders import expert_unavailable
+from .mesh import Mesh
 
 Rows = npt.NDArray[Any]
 Work = Sequence[tuple[int, slice]]  # (expert, its rows)
@@ -112,7 +113,7 @@ class ExpertCalls:
         service2work: dict[ReplicaSet, list[tuple[int, slice]]] = {}
         for expert, rows in work:
             try:
-                service = self._mesh.holder(layer.number, expert)
+                service = self._mesh.holders.of(layer.number, expert)
             except Unavailable as error:
                 self._miss(layer, [expert], error)
             else:
@@ -144,7 +145,7 @@ class ExpertCalls:
         experts = [expert for expert, _ in work]
         rows_ND = layer.rows_ND
         sent_ND = rows_ND[work[0][1]] if len(work) == 1 else np.concatenate([rows_ND[rows] for _, rows in work])
-        digests = [self._mesh.expert_digest(layer.number, expert) for expert in experts]
+        digests = [self._mesh.holders.digest(layer.number, expert) for expert in experts]
 
         def read(reply: ApplyResponse, origin: Origin) -> Rows:
             if reply.layer != layer.number or list(reply.experts) != experts or list(reply.digests) != digests:

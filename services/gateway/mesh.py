@@ -16,9 +16,8 @@ from types import TracebackType
 from typing import Self
 
 from expertmesh import wire
-from expertmesh.checkpoint import manifest as names
 from expertmesh.checkpoint.manifest import Manifest
-from expertmesh.errors import CorruptReply, Unavailable
+from expertmesh.errors import Unavailable
 from expertmesh.mesh_file import MeshFile
 from expertmesh.rpc.alarms import Alarms
 from expertmesh.rpc.channel import open_channel
@@ -31,7 +30,8 @@ from expertmesh.telemetry import metrics
 from expertmesh.telemetry.logging import event
 from expertmesh.telemetry.tracing import Tracing
 
-from .placement import Pair, Placed, Placement
+from .holders import Holders
+from .placement import Placed, Placement
 from .stubs import STUBS
 
 ANSWER_CALLERS = ("tokenizer", "full_model")  # what they refuse is the caller's text; other requests are the mesh's own
@@ -148,21 +148,6 @@ class Mesh:
         stages = [self.tokenizer, self.embedding, self.gating, *self.experts, self.classifier]
         return stages if self.full_model is None else [*stages, self.full_model]
 
-    def holder(self, layer: int, expert: int) -> ReplicaSet:
-        """The service to ask for an expert: of those that hold it, one that has live replicas.
-
-        Raises:
-            Unavailable: None has; names the layer and the expert.
-        """
-        services = self._pair2services[layer, expert]
-        for service in services:
-            if service.has_live:
-                return service
-        for service in services:  # one that drains is better than none
-            if service.live:
-                return service
-        raise expert_unavailable(services[0].unavailable(), layer, expert)
-
     def require_complete(self) -> None:
         """Checks that every stage and every expert has a live replica, before anything is computed in vain.
 
@@ -170,10 +155,7 @@ class Mesh:
             Unavailable: Names the first that has none.
         """
         self.require_stages()
-        if all(service.has_live for service in self.experts):
-            return
-        for layer, expert in self._pair2services:
-            self.holder(layer, expert)
+        self.holders.require_all()
 
     def require_stages(self) -> None:
         """Checks that every stage has a live replica; experts do not count.
@@ -237,10 +219,6 @@ class Mesh:
             raise Unavailable("this mesh has no full_model service", "full_model")
         return self.full_model
 
-    def expert_digest(self, layer: int, expert: int) -> bytes:
-        """The digest that an expert's reply must carry."""
-        return self._pair2digest[layer, expert]
-
     def _take_places(self) -> None:
         """Puts every replica set where the placement says."""
         stages = {kind: self._name2set[placed.service.name] for kind, placed in self._placement.stages.items()}
@@ -248,12 +226,8 @@ class Mesh:
         self.gating, self.classifier = stages["gating"], stages["classifier"]
         self.full_model = stages.get("full_model")
         self.experts = [self._name2set[placed.service.name] for placed in self._placement.experts]
-        self._pair2services: dict[Pair, list[ReplicaSet]] = {}
-        for placed, replicas in zip(self._placement.experts, self.experts, strict=True):
-            for pair in placed.pairs:
-                self._pair2services.setdefault(pair, []).append(replicas)
-        parts = self.manifest.parts
-        self._pair2digest = {pair: parts[names.expert_part(*pair)].digest for pair in self._pair2services}
+        placed = zip(self.experts, self._placement.experts, strict=True)
+        self.holders = Holders(((replicas, one.pairs) for replicas, one in placed), self.manifest)
 
     def _replica_set(self, placed: Placed) -> ReplicaSet:
         kind, digests = placed.service.kind, {name: self.manifest.parts[name].digest for name in placed.parts}
@@ -296,6 +270,7 @@ class Mesh:
             metrics.REPLICA_EVENTS.labels(happened.service, happened.what).inc()
         if happened.what == "left":
             metrics.forget_replica(happened.service, happened.address)
+        self.holders.look_again()
         self._tell_live()
         self._happened.set()
         level = logging.INFO if happened.what in ORDERLY else logging.WARNING
@@ -311,8 +286,3 @@ class Mesh:
     def _tell_live(self) -> None:
         for replicas in self.all():
             metrics.REPLICAS_LIVE.labels(replicas.name).set(sum(one.state is State.LIVE for one in replicas.replicas))
-
-
-def expert_unavailable(error: Unavailable | CorruptReply, layer: int, expert: int) -> Unavailable:
-    """An expert service's unavailability, or its wrong reply, named by layer and expert."""
-    return Unavailable(f"expert {expert} of layer {layer}: {error}", error.stage, layer, expert)
