@@ -31,8 +31,12 @@ from benchmarks.capacity import (
 )
 from expertmesh import wire
 from expertmesh.dispatch import drive_async, layer_loop
+from expertmesh.rpc.alarms import Alarms
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.link.reply import Reply
 from expertmesh.rpc.origin import Origin
+from expertmesh.rpc.replicas.asked import Asked
+from expertmesh.rpc.replicas.sent import Sent
 from expertmesh.v1.classifier_pb2 import Draw, SampleResponse
 from expertmesh.v1.embedding_pb2 import EmbedResponse
 from expertmesh.v1.expert_pb2 import ApplyResponse
@@ -64,23 +68,27 @@ class CountingMesh:
             )
         )
         self.message_rows = self.message_bytes = 2**20
-        self.embedding = self.gating = self.classifier = self
+        self.embedding = self.gating = self.classifier = self.holders = self
+        self.alarms = Alarms()
         self.calls = self.out_bytes = self.in_bytes = 0
         self.experts = [_Service(self) for _ in range(services)]
 
-    def holder(self, layer: int, expert: int) -> Any:
+    def of(self, layer: int, expert: int) -> Any:
         return self.experts[expert * self.services // self.model.experts]
 
-    def expert_digest(self, layer: int, expert: int) -> bytes:
+    def digest(self, layer: int, expert: int) -> bytes:
         return bytes(32)
 
     async def call(self, method: str, request: Any, deadline: Deadline, read: Any, at: Any = None) -> Any:
+        return read(self.reply(method, request), Origin("", ""))
+
+    def reply(self, method: str, request: Any) -> Any:
         rows = request.ids if method == "Embed" else request.rows
         reply = getattr(self, f"_{method.lower()}")(request, rows.shape[0])
         self.calls += 1
         self.out_bytes += 0 if method == "Embed" else len(request.rows.data)
         self.in_bytes += sum(len(value.data) for _, value in reply.ListFields() if hasattr(value, "data"))
-        return read(reply, Origin("", ""))
+        return reply
 
     def _embed(self, request: Any, rows: int) -> EmbedResponse:
         return EmbedResponse(rows=wire.encode(np.zeros((rows, self.model.width), np.float32)))
@@ -109,7 +117,20 @@ class _Service:
     live = True
 
     def __init__(self, mesh: CountingMesh) -> None:
-        self.call = mesh.call
+        self._mesh = mesh
+
+    def begin(self, method: str, request: Any, deadline: Deadline, read: Any) -> Asked[Any]:
+        asked = Asked(method, request, deadline, read, None, None)
+        asked.sent = Sent(Reply(), Origin("", ""), 1, 1)
+        asked.sent.reply.settle(self._mesh.reply(method, request))
+        return asked
+
+    def take(self, asked: Asked[Any]) -> Any:
+        assert asked.sent is not None
+        return asked.read(asked.sent.reply.message, asked.sent.origin)
+
+    async def finish(self, asked: Asked[Any]) -> Any:
+        return self.take(asked)
 
 
 @pytest.mark.parametrize("dtypes", [FLOAT32, NARROWED, BFLOAT16], ids=lambda dtypes: dtypes.name)
