@@ -26,7 +26,9 @@ from expertmesh.rpc.settings import ModelSettings
 from expertmesh.serving.turns import SimulatedTime, Turns
 from expertmesh.v1.description_pb2 import DescribeResponse, Part
 
-LAYOUTS, LAYOUT_ROWS = 48, 2048  # kept, and most token rows of one: 40 bytes a row
+SMALL_ROWS = 64  # token rows of a batch whose layout is kept for the next one like it, such as one text
+SMALL_LAYOUTS = 48
+LARGE_LAYOUTS = 2  # kept for the next layer; more would lie between freed blocks of the heap and keep it from shrinking
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -55,7 +57,8 @@ class Stage:
         self.profile: Profile = take_profile(self.spec, self.device)
         simulated = SimulatedTime(settings.simulate_step_ms / 1e3, settings.simulate_row_us / 1e6)
         self.turns = Turns(kind, simulated, together_rows)
-        self._layout = lru_cache(LAYOUTS)(self._new_layout)
+        self._small_layout = lru_cache(SMALL_LAYOUTS)(self._new_layout)
+        self._large_layout = lru_cache(LARGE_LAYOUTS)(self._new_layout)
 
     @property
     def spec(self) -> ModelSpec:
@@ -102,7 +105,7 @@ class Stage:
     def sequences(self, lengths_B: npt.NDArray[Any]) -> Sequences:
         """The layout of a batch on the device; those of the latest batches, as the next layer's is one, are kept."""
         lengths = tuple(lengths_B.tolist())
-        return self._layout(lengths) if sum(lengths) <= LAYOUT_ROWS else self._new_layout(lengths)
+        return self._small_layout(lengths) if sum(lengths) <= SMALL_ROWS else self._large_layout(lengths)
 
     def _new_layout(self, lengths: tuple[int, ...]) -> Sequences:
         return Sequences(torch.tensor(lengths, device=self.device))
