@@ -211,9 +211,10 @@ class LinkChannel:
             reply.settle(None, from_status(code, head.text, head.details, self._service))
             return
         try:
-            reply.settle(reply.parse(message))
+            parsed = reply.parse(message)
         except DecodeError:
-            reply.settle(None)
+            parsed = None
+        reply.settle(parsed)
 
     def _meet(self, message: bytes | memoryview) -> None:
         if self._introduced is None:

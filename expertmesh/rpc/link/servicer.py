@@ -150,8 +150,6 @@ class LinkServicer:
         return Calls(self._path2handler, self._start, self._others_are_quiet)
 
     def _others_are_quiet(self, own: Calls, now_s: float) -> bool:
-        if len(self._links) == 1:
-            return True
         return all(one is own or now_s - one.taken_s > IDLE_S for one in self._links)
 
     def _begin(self, calls: Calls, connection: Connection) -> None:
