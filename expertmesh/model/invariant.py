@@ -15,6 +15,7 @@ this on CPU in fp32 (measured, torch 2.13, AVX-512):
 - `F.silu`, `torch.sigmoid` and tanh-GELU round differently in the vector body and the tail of the flat tensor: they
   are written with `exp` and a division, which do not.
 - Attention over padded keys changes with the padded length: it is made a function of the sequence's own length.
+- The first `exp` of a process is another one if several threads make it: it is made at import (`vector_math`).
 
 Layer norm, softmax, `exp`, `rsqrt`, means and sums over the last dimension, top-k, sort and embedding were equal in
 every case tried and are used as they are.
@@ -37,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertmesh.model import cuda
+from expertmesh.model import cuda, vector_math
 
 ROW_MULTIPLE = 8
 WIDE_KEY, WIDE_KEY_ROWS = 129, 16  # from this width on scores have at least so many rows
@@ -51,6 +52,7 @@ AMX_INNER = 448
 _HAS_AMX = torch.cpu._is_amx_tile_supported()
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 _multiply = torch.ops.mkldnn._linear_pointwise.default if _HAS_ONEDNN else None  # found once: looking it up takes time
+vector_math.settle()
 
 
 def aligned(x: Tensor) -> Tensor:
