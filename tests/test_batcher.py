@@ -317,8 +317,8 @@ async def test_nothing_is_left_behind() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     await settle()
     assert asyncio.all_tasks() == before
-    assert batcher._waiting_texts == 0
-    assert not batcher._turns
+    assert batcher._waiting.texts == 0
+    assert not batcher._waiting
     assert not batcher._passes
     gc.collect()
     assert complaints == []

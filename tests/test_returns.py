@@ -60,7 +60,7 @@ def test_callers_that_come_by_themselves_never_wait(per_s: float) -> None:
 
         async def caller() -> None:
             before, came_s = len(timed.sizes), asyncio.get_running_loop().time()
-            is_idle = not batcher._passes and not batcher._turns
+            is_idle = not batcher._passes and not batcher._waiting
             task = asyncio.ensure_future(batcher.submit([1], Deadline.after(60)))
             while is_idle and len(timed.sizes) == before:
                 await asyncio.sleep(0.0001)

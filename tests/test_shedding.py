@@ -120,6 +120,67 @@ def test_passes_are_no_larger_than_deadlines_allow(noise: float) -> None:
     assert max(runs[-1].late_s) < 0.01
 
 
+class Devices:
+    """Two devices that passes take turns at, twice each; a text costs them by its length.
+
+    So a pass takes the longer the more are under way, and one of two lengths is twice as fast as the other.
+    """
+
+    def __init__(self, dice: random.Random, noise: float) -> None:
+        self._dice, self._noise = dice, noise
+        self._locks = asyncio.Lock(), asyncio.Lock()
+
+    async def __call__(self, work: list[str], deadline: Deadline) -> Sequence[str]:
+        async with asyncio.timeout(max(0.0, deadline.remaining_s())):
+            for lock in 2 * self._locks:
+                async with lock:
+                    await asyncio.sleep(
+                        (0.001 + 1e-4 * sum(map(len, work))) * self._dice.lognormvariate(0, self._noise)
+                    )
+        return work
+
+
+def flood(factor: float, seed: int, noise: float, limits: Limits, seconds: float) -> dict[int, Outcome]:
+    """Texts of 50, 100 and 200 characters that come so many times as fast as one pass at once computes them."""
+    dice = random.Random(seed)
+    outcomes = {length: Outcome() for length in (50, 100, 200)}
+
+    async def main() -> None:
+        batcher: Batcher[str, str] = Batcher(Devices(dice, noise), limits, len)
+
+        async def one(length: int) -> None:
+            await _call(outcomes[length], lambda: batcher.submit([length * "x"], Deadline.after(PATIENT_S)), PATIENT_S)
+
+        tasks, loop = [], asyncio.get_running_loop()
+        stop_s = loop.time() + seconds
+        while loop.time() < stop_s:
+            tasks.append(asyncio.create_task(one(dice.choice(list(outcomes)))))
+            await asyncio.sleep(0.047 / factor)
+        await asyncio.gather(*tasks)
+
+    run_simulated(main())
+    return outcomes
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+@pytest.mark.parametrize("passes_", [0, 2])
+def test_a_flood_of_passes_that_share_devices_is_answered_as_well(passes_: int, noise: float, seed: int) -> None:
+    limits = Limits(passes=passes_)
+    calm = flood(0.9, seed, noise, limits, 30.0)
+    over = flood(10.0, seed, noise, limits, 30.0)
+    good = sum(one.good for one in over.values())
+    assert good >= 0.95 * sum(one.good for one in calm.values())
+    assert sum(one.ends[DeadlineExceeded] for one in over.values()) <= 0.1 * good
+    assert max(late_s for one in over.values() for late_s in one.late_s) < 0.01
+
+
+def test_in_a_flood_long_texts_are_answered_as_often_as_short_ones() -> None:
+    over = flood(10.0, 4, 0.1, Limits(passes=1), 120.0)
+    shares = [one.good / len(one.late_s) for one in over.values()]
+    assert max(shares) < 1.3 * min(shares)
+
+
 def closed_loop(batcher: Batcher[str, str], callers: int, text: str, timeout_s: float, seconds: float) -> Counter[type]:
     """Callers that come back as soon as they are answered; gives how their calls ended."""
     ends: Counter[type] = Counter()

@@ -1,9 +1,9 @@
 """Calls that wait together share a pass through the layers.
 
 A pass starts as soon as there is room for one, or a moment later where those that were just answered are about to come
-back (`returns`); what arrives meanwhile waits and shares the next. Calls take turns, so
-that one with a thousand texts does not hold up one with a single text; and the oldest has a turn in every pass, so that
-it is not held up for ever by those that come. What would be answered too late is refused.
+back (`returns`); what arrives meanwhile waits (`waiting`) and shares the next. Calls take turns, so that one with a
+thousand texts does not hold up one with a single text; and the oldest has a turn in every pass, so that it is not held
+up for ever by those that come. What would be answered too late, as passes of lately tell (`pass_times`), is refused.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Generic, TypeVar
 
 from expertmesh.errors import DeadlineExceeded, InvalidInput, MeshError
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.serving import shedding
 from expertmesh.serving.overlap import MOST_LEVEL, Overlap, Started
-from expertmesh.serving.pass_times import PassTimes
+from expertmesh.serving.pass_times import MOST_SIZE, PassTimes
 from expertmesh.serving.returns import Returns
+from expertmesh.serving.waiting import Call, Waiting
 from expertmesh.telemetry import metrics, tracing
 
 WorkT = TypeVar("WorkT")
@@ -52,31 +53,25 @@ class Limits:
 
 
 @dataclass(eq=False)
-class _Call(Generic[WorkT, AnswerT]):
-    """One caller's texts: those that wait, and the answers to all of them."""
-
-    work: Sequence[WorkT]
-    deadline: Deadline
-    answers: list[AnswerT | None]
-    done: asyncio.Future[None]
-    context: contextvars.Context
-    trace: object
-    arrived_s: float
-    taken: int = 0
-    missing: int = 0
-    passes: set[asyncio.Task[None]] = field(default_factory=set)
-
-
-@dataclass(eq=False)
 class _Pass(Generic[WorkT, AnswerT]):
-    """A pass that is under way, whose texts are in it, and how many of its calls ended meanwhile."""
+    """A pass, whose texts are in it, and how many of its calls ended before it did."""
 
-    taken: Sequence[tuple[_Call[WorkT, AnswerT], int]]
-    calls: Sequence[_Call[WorkT, AnswerT]]
     started: Started
     started_s: float
+    taken: list[tuple[Call[WorkT, AnswerT], int]] = field(default_factory=list)
+    characters: int = 0
     is_answered: bool = False
     left: int = 0
+
+    @property
+    def size(self) -> int:
+        """As that of what waits."""
+        return len(self.taken) + self.characters
+
+    @cached_property
+    def calls(self) -> Sequence[Call[WorkT, AnswerT]]:
+        """Once all are taken."""
+        return list(dict.fromkeys(call for call, _ in self.taken))
 
 
 class Batcher(Generic[WorkT, AnswerT]):
@@ -98,12 +93,7 @@ class Batcher(Generic[WorkT, AnswerT]):
         self._run_pass = run_pass
         self._limits = limits
         self._weigh = weigh
-        self._turns: OrderedDict[_Call[WorkT, AnswerT], None] = (
-            OrderedDict()
-        )  # those that wait, whose turn is next first
-        self._ages: OrderedDict[_Call[WorkT, AnswerT], None] = OrderedDict()  # the same, oldest first
-        self._waiting_texts = 0
-        self._waiting_characters = 0
+        self._waiting: Waiting[WorkT, AnswerT] = Waiting(weigh)
         self._texts_under_way = 0
         self._is_starting = False
         self._overlap = Overlap(limits.passes)
@@ -126,7 +116,7 @@ class Batcher(Generic[WorkT, AnswerT]):
         left_s = deadline.remaining_s()
         self._check_room(len(work), characters, deadline)
         loop = asyncio.get_running_loop()
-        call: _Call[WorkT, AnswerT] = _Call(
+        call: Call[WorkT, AnswerT] = Call(
             work,
             deadline,
             [None] * len(work),
@@ -136,14 +126,12 @@ class Batcher(Generic[WorkT, AnswerT]):
             time.monotonic(),
             missing=len(work),
         )
-        self._turns[call] = self._ages[call] = None
-        self._waiting_texts += len(work)
-        self._waiting_characters += characters
+        self._waiting.add(call)
         self._returns.came()
         if not self._is_starting:  # when all that arrived at the same time are here
             self._is_starting = True
             loop.call_soon(self._start_passes)
-        timer = loop.call_later(left_s, _fail, call, DeadlineExceeded("the deadline has passed"))
+        timer = loop.call_later(left_s, call.fail, DeadlineExceeded("the deadline has passed"))
         try:
             await call.done
         finally:
@@ -152,30 +140,44 @@ class Batcher(Generic[WorkT, AnswerT]):
         return call.answers  # type: ignore[return-value]
 
     def _check_room(self, texts: int, characters: int, deadline: Deadline) -> None:
-        texts_fit = self._waiting_texts + texts <= self._limits.waiting_texts
-        if not texts_fit or self._waiting_characters + characters > self._limits.waiting_characters:
-            waiting = f"{self._waiting_texts} texts"
+        texts_fit = self._waiting.texts + texts <= self._limits.waiting_texts
+        if not texts_fit or self._waiting.characters + characters > self._limits.waiting_characters:
+            waiting = f"{self._waiting.texts} texts"
             raise shedding.refuse_full("pass", waiting, self._expected_s(texts, characters))
         if self._limits.sheds and (expected_s := self._expected_s(texts, characters)) is not None:
             shedding.refuse_late("pass", expected_s, deadline)
 
     def _expected_s(self, texts: int, characters: int) -> float | None:
-        """How long a new call would take, if that is known and anything waits."""
-        if not self._pass_times.are_known or not self._turns:
+        """How long a new call would take, if that is known and anything waits.
+
+        Its own pass takes as long as they usually do, however small the call is, since others will share it. So in a
+        flood, where there is never room for much, small calls are not admitted before others.
+        """
+        level = self._level()
+        times = self._pass_times.at(level)
+        if not times.are_known or not self._waiting:
             return None
+
+        def taken(texts: float, characters: float, size: float) -> tuple[float, float]:
+            """Passes, and the seconds of all of them one after another."""
+            passes = max(1.0, texts / self._limits.pass_texts, characters / self._limits.pass_characters)
+            return passes, passes * times.of(size / passes)
+
         turns = -(-texts // TURN)
-        texts += min(self._waiting_texts, turns * TURN * len(self._turns))
-        characters += self._waiting_characters if texts > self._waiting_texts else 0
-        passes = max(1.0, texts / self._limits.pass_texts, characters / self._limits.pass_characters)
+        before = min(1.0, turns * TURN * len(self._waiting) / self._waiting.texts)  # share of what waits
+        more_texts, more_characters = before * self._waiting.texts, before * self._waiting.characters
+        size = max(texts + characters, times.usual_size)
+        passes, own_s = taken(texts, characters, size)
+        _, all_s = taken(texts + more_texts, characters + more_characters, size + more_texts + more_characters)
         under_way = self._passes.values()
-        before_s = sum(self._pass_times.left_s(len(one.taken), one.started_s) for one in under_way)
-        return before_s / max(1, len(under_way)) + passes * self._pass_times.of(texts / passes) / self._level()
+        left_s = sum(self._pass_times.at(one.started.level).left_s(one.size, one.started_s) for one in under_way)
+        return left_s / max(1, len(under_way)) + (all_s - own_s) / level + own_s / min(passes, level)
 
     def _level(self) -> int:
         return self._overlap.level(*self._load())
 
     def _load(self) -> tuple[int, int]:
-        texts = self._waiting_texts + self._texts_under_way
+        texts = self._waiting.texts + self._texts_under_way
         return min(texts, MOST_LEVEL * self._limits.pass_texts), texts
 
     def _start_passes(self) -> None:
@@ -183,61 +185,48 @@ class Batcher(Generic[WorkT, AnswerT]):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        is_full = self._waiting_texts >= self._limits.pass_texts
-        if self._turns and not is_full and (wait_s := self._returns.wait_s()):
+        is_full = self._waiting.texts >= self._limits.pass_texts
+        if self._waiting and not is_full and (wait_s := self._returns.wait_s()):
             self._timer = asyncio.get_running_loop().call_later(wait_s, self._start_passes)
             return
-        while self._turns and len(self._passes) < self._level():
-            started = self._overlap.started(*self._load())
-            taken = self._take(-(-self._load()[1] // started.level))
-            one = _Pass(taken, list(dict.fromkeys(call for call, _ in taken)), started, time.monotonic())
+        while self._waiting and len(self._passes) < self._level():
+            one = self._take(self._overlap.started(*self._load()))
             task = asyncio.get_running_loop().create_task(self._pass(one), context=one.calls[0].context.copy())
             self._passes[task] = one
-            self._texts_under_way += len(taken)
+            self._texts_under_way += len(one.taken)
             metrics.UNDER_WAY.labels("pass").inc()
             for call in one.calls:
                 call.passes.add(task)
             task.add_done_callback(self._pass_ended)
 
-    def _take(self, share: int) -> list[tuple[_Call[WorkT, AnswerT], int]]:
-        """Takes texts for a pass: from each waiting call in turn, as (call, index of the text).
-
-        Args:
-            share: Most texts, so that as many are left for the other passes that are to be under way.
-        """
-        most = min(share, self._limits.pass_texts)
-        taken: list[tuple[_Call[WorkT, AnswerT], int]] = []
-        characters = 0
-        self._turns.move_to_end(next(iter(self._ages)), last=False)
-        while self._turns and len(taken) < most:
-            call = next(iter(self._turns))
-            is_hopeless = self._limits.sheds and self._pass_times.is_hopeless(call.deadline)
-            if is_hopeless and (taken or len(self._turns) > 1):
-                self._remove(call)
-                expected_s = self._expected_s(len(call.work), 0) or self._pass_times.of(1)
-                _fail(call, shedding.dropped("pass", expected_s))
-                continue
+    def _take(self, started: Started) -> _Pass[WorkT, AnswerT]:
+        """Takes texts for a pass from each waiting call in turn; as many are left for each of the other passes."""
+        times = self._pass_times.at(started.level)
+        one: _Pass[WorkT, AnswerT] = _Pass(started, time.monotonic())
+        most_texts, most_size = min(-(-self._load()[1] // started.level), self._limits.pass_texts), MOST_SIZE
+        self._waiting.prefer_oldest()
+        while self._waiting and len(one.taken) < most_texts:
+            call = self._waiting.next
             if self._limits.sheds:
-                most = min(most, self._pass_times.most_texts(call.deadline))
-            for _ in range(min(TURN, most - len(taken), len(call.work) - call.taken)):
-                weight = self._weigh(call.work[call.taken])
-                if taken and characters + weight > self._limits.pass_characters:
-                    return taken
-                taken.append((call, call.taken))
-                call.taken += 1
-                characters += weight
-                self._waiting_texts -= 1
-                self._waiting_characters -= weight
-            self._turns.move_to_end(call)
-            if call.taken == len(call.work):
-                self._remove(call)
-        return taken
+                least, is_alone = one.size + 1 + self._waiting.weight(call), not one.taken and len(self._waiting) == 1
+                if not is_alone and times.is_hopeless(call.deadline, least, one.size + self._waiting.size):
+                    self._drop(call, times.of(least))
+                    continue
+                most_size = min(most_size, times.most(call.deadline))
+            for _ in range(min(TURN, most_texts - len(one.taken), len(call.work) - call.taken)):
+                weight = self._waiting.weight(call)
+                is_full = one.characters + weight > self._limits.pass_characters or one.size + 1 + weight > most_size
+                if one.taken and is_full:
+                    return one
+                one.taken.append((call, self._waiting.take(call)))
+                one.characters += weight
+            self._waiting.end_turn(call)
+        return one
 
-    def _remove(self, call: _Call[WorkT, AnswerT]) -> None:
-        """It does not wait any more."""
-        del self._turns[call], self._ages[call]
-        self._waiting_texts -= len(call.work) - call.taken
-        self._waiting_characters -= sum(map(self._weigh, call.work[call.taken :]))
+    def _drop(self, call: Call[WorkT, AnswerT], least_s: float) -> None:
+        """Refuses a call that has waited until a pass, which takes so long at least, would end too late."""
+        self._waiting.remove(call)
+        call.fail(shedding.dropped("pass", self._expected_s(len(call.work), 0) or least_s))
 
     async def _pass(self, one: _Pass[WorkT, AnswerT]) -> None:
         queue_s = metrics.QUEUE_SECONDS.labels("pass")
@@ -255,13 +244,13 @@ class Batcher(Generic[WorkT, AnswerT]):
             raise
         except BaseException as error:
             for call in one.calls:
-                _fail(call, error)
+                call.fail(error)
             return
         for (call, index), answer in zip(one.taken, answers, strict=True):
             if isinstance(answer, InvalidInput):
-                _fail(call, InvalidInput(f"texts[{index}]: {answer}", f"texts[{index}]"))
+                call.fail(InvalidInput(f"texts[{index}]: {answer}", f"texts[{index}]"))
             elif isinstance(answer, MeshError):
-                _fail(call, answer)
+                call.fail(answer)
             else:
                 call.answers[index] = answer
                 call.missing -= 1
@@ -276,27 +265,22 @@ class Batcher(Generic[WorkT, AnswerT]):
         self._overlap.ended(ended.started, len(ended.taken) if ended.is_answered else 0)
         if ended.is_answered:
             pass_s = time.monotonic() - ended.started_s
-            self._pass_times.add(len(ended.taken), pass_s)
+            self._pass_times.at(ended.started.level).add(ended.size, pass_s)
             self._returns.answered(sum(call.done.done() for call in ended.calls), pass_s)
         elif ended.left == len(ended.calls):  # all have gone, most likely since it took too long
-            self._pass_times.add_lost(len(ended.taken), time.monotonic() - ended.started_s)
+            self._pass_times.at(ended.started.level).add_lost(ended.size, time.monotonic() - ended.started_s)
         for call in ended.calls:
             call.passes.discard(task)
             if error is not None:  # nobody may wait for a pass that is over
-                _fail(call, error)
+                call.fail(error)
         self._start_passes()
 
-    def _leave(self, call: _Call[WorkT, AnswerT]) -> None:
+    def _leave(self, call: Call[WorkT, AnswerT]) -> None:
         """Forgets a call that ended; a pass that works for nobody any more is cancelled."""
         call.done.cancel()
-        if call in self._turns:
-            self._remove(call)
+        if call in self._waiting:
+            self._waiting.remove(call)
         for task in call.passes:
             self._passes[task].left += 1
             if self._passes[task].left == len(self._passes[task].calls):
                 task.cancel()
-
-
-def _fail(call: _Call[WorkT, AnswerT], error: BaseException) -> None:
-    if not call.done.done():
-        call.done.set_exception(error)
