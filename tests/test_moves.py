@@ -134,7 +134,7 @@ def test_sequences_that_became_slower_than_their_deadlines_are_heard_of() -> Non
         home = Slow()
         async with scheduling(home) as scheduler:
             await drawn(scheduler, wish(2, 20))
-            before_s = scheduler._durations.alone_s(wish(2, 20))
+            before_s = scheduler.durations.own_s(wish(2, 20), 1)
             began_s = time.monotonic()
 
             async def slow(work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
@@ -144,7 +144,7 @@ def test_sequences_that_became_slower_than_their_deadlines_are_heard_of() -> Non
             home.step = slow  # type: ignore[method-assign]
             await asyncio.gather(drawn(scheduler, wish(2, 20, wait_s=2.0)), return_exceptions=True)
             assert time.monotonic() - began_s < 3
-            after_s = scheduler._durations.alone_s(wish(2, 20))
+            after_s = scheduler.durations.own_s(wish(2, 20), 1)
         assert before_s is not None
         assert after_s is not None
         return after_s / before_s

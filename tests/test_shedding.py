@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import pytest
@@ -285,6 +286,64 @@ def test_generation_answers_as_much_at_ten_times_the_load(room: int) -> None:
     assert over.ends[DeadlineExceeded] <= 0.05 * over.good  # of the first few, when little was known
     assert max(over.late_s) < 0.01
     assert median(over.refused_s) == 0
+
+
+def answered_tokens(per_s: float, seed: int, micro_batches: int, seconds: float) -> tuple[dict[int, Outcome], int]:
+    """Sequences of 10, 20 and 40 tokens; by tokens what became of them, and tokens of those that were answered.
+
+    Their home has room for all, and steps of more than about 70 rows are too slow for 40 tokens within 4 s.
+    """
+    dice = random.Random(seed)
+    outcomes = {tokens: Outcome() for tokens in (10, 20, 40)}
+    locks = asyncio.Lock(), asyncio.Lock()
+
+    class Stages(Keeper):
+        async def step(self, work: Sequence[Work]) -> tuple[list[TokenLogprobs], Sequence[Provenance]]:
+            for lock in locks:
+                async with lock:
+                    await asyncio.sleep(
+                        (0.006 + 0.0005 * sum(piece.rows for piece in work)) * (0.8 + 0.4 * dice.random())
+                    )
+            return await super().step(work)
+
+    async def main() -> None:
+        home = Stages()
+        async with scheduling(home, limits=StepLimits(micro_batches=micro_batches)) as scheduler:
+            tasks, loop = [], asyncio.get_running_loop()
+            stop_s = loop.time() + seconds
+            while loop.time() < stop_s:
+                tokens = dice.choice(list(outcomes))
+                one = partial(drawn, scheduler, wish(8, tokens, wait_s=4.0))
+                tasks.append(asyncio.create_task(_call(outcomes[tokens], one, 4.0)))
+                await asyncio.sleep(1 / per_s)
+            await asyncio.gather(*tasks)
+
+    run_simulated(main())
+    return outcomes, sum(tokens * outcome.good for tokens, outcome in outcomes.items())
+
+
+@pytest.mark.parametrize("micro_batches", [1, 0])
+def test_sequences_that_run_are_no_more_than_deadlines_allow(micro_batches: int) -> None:
+    _, calm = answered_tokens(18.0, 1, micro_batches, 15.0)
+    over, tokens = answered_tokens(180.0, 1, micro_batches, 15.0)
+    assert tokens >= 0.9 * calm
+    good, late = sum(one.good for one in over.values()), sum(one.ends[DeadlineExceeded] for one in over.values())
+    assert late <= 0.05 * good
+    shares = [one.good / len(one.late_s) for one in over.values()]
+    assert min(shares) > 0.25 * max(shares)  # long ones are answered, too
+    assert max(late_s for one in over.values() for late_s in one.late_s) < 0.01
+
+
+def test_a_burst_of_patient_sequences_runs_together_at_once() -> None:
+    async def main() -> int:
+        home = Station(100)
+        async with scheduling(home) as scheduler:
+            for _ in range(5):
+                await drawn(scheduler, wish(8, 64, wait_s=60.0))
+            await asyncio.gather(*(drawn(scheduler, wish(8, 64, wait_s=60.0)) for _ in range(32)))
+        return max(len(step) for step in home.steps)
+
+    assert run_simulated(main()) == 32
 
 
 def test_no_sequence_is_refused_for_which_there_is_time() -> None:

@@ -114,6 +114,7 @@ class Generation:
         heard_s: When its home last heard of it, on the clock of `time.monotonic`.
         opened_s: When a home took it, on the same clock.
         first_s: When its first token came.
+        latest_s: When its latest token came.
         stepped: Number of the last step at its home that it had a part in.
         witnesses: How everything was computed that its next token depends on.
     """
@@ -130,6 +131,7 @@ class Generation:
     heard_s: float = 0.0
     opened_s: float = 0.0
     first_s: float = 0.0
+    latest_s: float = 0.0
     stepped: int = 0
     witnesses: Witnesses = field(default_factory=lambda: Witnesses())
     _seen: set[int] = field(default_factory=set)
@@ -186,7 +188,7 @@ class Generation:
         self.ids.append(drawn.id)
         if self._seen:
             self._seen.add(drawn.id)
-        now_s = time.monotonic()
+        self.latest_s = now_s = time.monotonic()
         if first:
             self.first_s = now_s
         finish = FINISH_REASON_UNSPECIFIED

@@ -89,7 +89,16 @@ class Lane:
     @property
     def room(self) -> int:
         """How many more it probably has room for."""
-        return self._room.left if self.home.is_live else 0
+        return min(self._room.left, self._bearable) if self.home.is_live else 0
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether one more would not make those late that run."""
+        return self._bearable > 0
+
+    @property
+    def _bearable(self) -> int:
+        return max(0, int(min(self._most, self._scheduler.durations.most_running(self._running)) - self.load))
 
     def wake(self) -> None:
         """Lets it look again whether there is work."""
@@ -246,13 +255,19 @@ class Lane:
     def _take_in(self, work: Sequence[Work], drawn: Sequence[TokenLogprobs], hows: Sequence[Provenance]) -> None:
         tokens = iter(drawn)
         ended = []
+        self._observe(work)
         for piece, provenance in zip(work, hows, strict=True):
             piece.generation.cached += piece.rows
             piece.generation.witnesses.add(provenance)
             if piece.draws and piece.generation.add(next(tokens), provenance.route):
                 ended.append(piece.generation)
-                self._scheduler.ended(piece.generation)
+                self._scheduler.durations.ended(piece.generation)
         self._release(ended)
+
+    def _observe(self, work: Sequence[Work]) -> None:
+        latest_s = [piece.generation.latest_s for piece in work if piece.rows == 1 and piece.generation.generated]
+        if latest_s:
+            self._scheduler.durations.stepped(self.load, time.monotonic() - sum(latest_s) / len(latest_s))
 
     def _divide(self, work: Sequence[Work], error: NotFinite) -> None:
         """Finds whose numbers are not finite, so that nobody else has to suffer for it; a step may be repeated."""

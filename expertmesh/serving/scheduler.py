@@ -57,7 +57,7 @@ class Scheduler:
         self._waiting: deque[Generation] = deque()
         self._rebuilds = Rebuilds(limits.rebuilds, self.wake)
         self._lanes: dict[int, Lane] = {}
-        self._durations = Durations()
+        self.durations = Durations()
         self._counted: dict[str, int] = {}
 
     async def generate(self, wish: Wish, known: Sequence[int] = ()) -> AsyncGenerator[Token, None]:
@@ -71,6 +71,7 @@ class Scheduler:
             Overloaded: Too much waits already, or so much that it would not be done in time.
             MeshError: It cannot be served.
         """
+        self.durations.wished(wish)
         expected_s = self._expected_s(wish)
         if len(self._waiting) >= self._limits.waiting:
             raise shedding.refuse_full("step", f"{len(self._waiting)} sequences", expected_s)
@@ -92,7 +93,7 @@ class Scheduler:
                 self._waiting.remove(generation)
             self._rebuilds.discard(generation)
             if time.monotonic() >= wish.deadline.at_s:
-                self._durations.observe_late(generation)
+                self.durations.late(generation)
             self.wake()
 
     def close(self) -> None:
@@ -104,9 +105,9 @@ class Scheduler:
 
     def take(self, lane: Lane) -> Generation | None:
         """The next generation that waits, if it is this lane's turn: the emptiest lane takes it."""
-        while self._waiting and (self._waiting[0].left or self._is_dropped(self._waiting[0])):
+        while self._waiting and (self._waiting[0].left or self._is_dropped(self._waiting[0], lane.load + 1)):
             self._waiting.popleft()
-        if not self._waiting:
+        if not self._waiting or not (self._waiting[0].generated or lane.takes_more):
             return None
         emptier = [other for other in self._lanes.values() if other.load < lane.load and other.has_room]
         for other in emptier:
@@ -121,10 +122,6 @@ class Scheduler:
     def may_rebuild(self, generation: Generation) -> bool:
         """Whether a sequence is not too long to be computed anew."""
         return self._rebuilds.takes(generation)
-
-    def ended(self, generation: Generation) -> None:
-        """A generation has all its tokens."""
-        self._durations.observe(generation)
 
     def give_back(self, generations: Sequence[Generation]) -> None:
         """Puts generations back to the front of those that wait."""
@@ -162,20 +159,18 @@ class Scheduler:
         """How long a new sequence would take, if that is known and there is no room for it now."""
         room = sum(lane.room for lane in self._lanes.values())
         before = len(self._waiting) + 1 - room
-        alone_s, whole_s = self._durations.alone_s(wish), self._durations.whole_s
-        if alone_s is None or whole_s is None or before <= 0 or not self._lanes:
+        if before <= 0 or not self._lanes:
             return None
         running = sum(lane.load for lane in self._lanes.values())
-        return before * whole_s / max(1, running) + alone_s  # each that ends makes room for one
+        # each that ends makes room for one
+        return self.durations.expected_s(wish, before / max(1, running), 1 + running // len(self._lanes))
 
-    def _is_dropped(self, generation: Generation) -> bool:
+    def _is_dropped(self, generation: Generation, running: int) -> bool:
         """Drops what would come too late, unless nobody else waits, or somebody has seen a part of it."""
         wish = generation.wish
-        alone_s = self._durations.alone_s(wish)
-        left_s = wish.deadline.at_s - time.monotonic()
-        if alone_s is None or left_s >= alone_s or generation.generated or len(self._waiting) == 1:
+        if generation.generated or len(self._waiting) == 1 or not self.durations.is_hopeless(wish, running):
             return False
-        generation.fail(shedding.dropped("step", self._expected_s(wish) or alone_s))
+        generation.fail(shedding.dropped("step", self._expected_s(wish) or self.durations.own_s(wish, running) or 0.0))
         return True
 
     def tell(self) -> None:

@@ -6,12 +6,15 @@ nobody is refused.
 
 from __future__ import annotations
 
+import time
+
 from expertmesh.errors import Overloaded
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.telemetry import metrics
 
 PATIENCE = 0.8  # of what is left to a caller may be used up by what it is expected to take
 NEWEST_SHARE = 0.2
+QUANTILE_STEP = 0.05
 LEAST_RETRY_S, MOST_RETRY_S = 0.05, 30.0
 
 
@@ -24,6 +27,30 @@ class Smoothed:
     def add(self, value: float) -> None:
         """Takes in one more."""
         self.value = value if self.value is None else self.value + NEWEST_SHARE * (value - self.value)
+
+
+class Quantile:
+    """What a share of all values of lately is not above.
+
+    Args:
+        share: Which share.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self.value: float | None = None
+
+    def add(self, value: float) -> None:
+        """Takes in one more."""
+        if self.value is None:
+            self.value = value
+        else:
+            self.value *= 1 + QUANTILE_STEP * (self._share if value > self.value else self._share - 1)
+
+
+def bearable_s(deadline: Deadline) -> float:
+    """How long something may be expected to take that starts now and is to be done in time."""
+    return PATIENCE * (deadline.at_s - time.monotonic())
 
 
 def refuse_late(queue: str, expected_s: float, deadline: Deadline) -> None:
