@@ -114,7 +114,7 @@ class Generation:
         heard_s: When its home last heard of it, on the clock of `time.monotonic`.
         opened_s: When a home took it, on the same clock.
         first_s: When its first token came.
-        latest_s: When its latest token came.
+        latest_s: When its latest token came; 0 until one has come here since it was last computed anew.
         stepped: Number of the last step at its home that it had a part in.
         witnesses: How everything was computed that its next token depends on.
     """
@@ -179,6 +179,7 @@ class Generation:
         self.epoch += 1
         self.rebuilds += 1
         self.losses += is_loss
+        self.latest_s = 0.0
         if not self.generated:  # tokens that were drawn depend on who computed them, whatever is computed anew
             self.witnesses = Witnesses()
 

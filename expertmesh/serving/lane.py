@@ -89,15 +89,11 @@ class Lane:
     @property
     def room(self) -> int:
         """How many more it probably has room for."""
-        return min(self._room.left, self._bearable) if self.home.is_live else 0
+        return self._room.left if self.home.is_live else 0
 
     @property
-    def takes_more(self) -> bool:
-        """Whether one more would not make those late that run."""
-        return self._bearable > 0
-
-    @property
-    def _bearable(self) -> int:
+    def bearable(self) -> int:
+        """How many more it may take, room or not, without making anybody late."""
         return max(0, int(min(self._most, self._scheduler.durations.most_running(self._running)) - self.load))
 
     def wake(self) -> None:
@@ -265,7 +261,7 @@ class Lane:
         self._release(ended)
 
     def _observe(self, work: Sequence[Work]) -> None:
-        latest_s = [piece.generation.latest_s for piece in work if piece.rows == 1 and piece.generation.generated]
+        latest_s = [piece.generation.latest_s for piece in work if piece.rows == 1 and piece.generation.latest_s]
         if latest_s:
             self._scheduler.durations.stepped(self.load, time.monotonic() - sum(latest_s) / len(latest_s))
 

@@ -107,7 +107,7 @@ class Scheduler:
         """The next generation that waits, if it is this lane's turn: the emptiest lane takes it."""
         while self._waiting and (self._waiting[0].left or self._is_dropped(self._waiting[0], lane.load + 1)):
             self._waiting.popleft()
-        if not self._waiting or not (self._waiting[0].generated or lane.takes_more):
+        if not self._waiting or not (self._waiting[0].generated or lane.bearable):
             return None
         emptier = [other for other in self._lanes.values() if other.load < lane.load and other.has_room]
         for other in emptier:
@@ -157,7 +157,7 @@ class Scheduler:
 
     def _expected_s(self, wish: Wish) -> float | None:
         """How long a new sequence would take, if that is known and there is no room for it now."""
-        room = sum(lane.room for lane in self._lanes.values())
+        room = sum(min(lane.room, lane.bearable) for lane in self._lanes.values())
         before = len(self._waiting) + 1 - room
         if before <= 0 or not self._lanes:
             return None
