@@ -17,7 +17,8 @@ from expertmesh.serving.shedding import Quantile, Smoothed, bearable_s
 
 STEP_FADES = 0.98  # of its weight a step keeps when the next one comes in
 LONG_SHARE = 0.9  # of those that are asked for, as many are no longer than what is called long
-MOST_WAIT = 0.5  # of what is bearable may be spent waiting in a flood, where the rest is enough for the long ones
+LONG_RUN = 0.5  # of what is bearable is enough for a long one where no more run than should
+LONG_PLACE = 0.75  # of what is bearable is kept for long ones at most, whoever comes: the rest may be spent waiting
 GROWTH = 2.0  # times as many may run as did lately, though it is not known how steps would be
 
 
@@ -74,7 +75,7 @@ class Durations:
         if own_s is None or self._whole_s.value is None:
             return None
         long_s = self._own_s(self._long_tokens.value or 1.0, running) or 0.0
-        long_s = min(long_s, (1 - MOST_WAIT) * bearable_s(wish.deadline))
+        long_s = min(long_s, LONG_PLACE * bearable_s(wish.deadline))
         return before * self._whole_s.value + max(own_s, long_s)
 
     def is_hopeless(self, wish: Wish, running: int) -> bool:
@@ -90,7 +91,7 @@ class Durations:
         line = self._next_s
         if not line.is_known:
             return float("inf")
-        long_s = (1 - MOST_WAIT) * (self._bearable_s.value or 0.0) - (self._first_s.value or 0.0)
+        long_s = LONG_RUN * (self._bearable_s.value or 0.0) - (self._first_s.value or 0.0)
         next_s = long_s / (self._long_tokens.value or 1.0)
         # whatever the line says: if steps took as much longer as more ran, or else some more, so that it is learnt
         most = line.mean_size * max(next_s / line.mean_s, GROWTH)
