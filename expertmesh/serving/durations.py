@@ -17,8 +17,8 @@ from expertmesh.serving.shedding import Quantile, Smoothed, bearable_s
 
 STEP_FADES = 0.98  # of its weight a step keeps when the next one comes in
 LONG_SHARE = 0.9  # of those that are asked for, as many are no longer than what is called long
-LONG_RUN = 0.5  # of what is bearable is enough for a long one where no more run than should
-LONG_PLACE = 0.75  # of what is bearable is kept for long ones at most, whoever comes: the rest may be spent waiting
+LONG_RUN = 0.5  # of what callers usually can bear is enough for a long sequence, if no more run than should
+LONG_PLACE = 0.75  # of what a caller can bear is left for running, as a long one would need, however short its own is
 GROWTH = 2.0  # times as many may run as did lately, though it is not known how steps would be
 
 

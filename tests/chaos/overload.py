@@ -92,7 +92,7 @@ async def _drowned(name: str, flood: Flood, seconds: float) -> tuple[Run, list[T
     small, large = _shares(records, flood)
     return run, [
         Target(
-            f"{name}: goodput at {TIMES:.0f} times the load at least {LEAST_GOODPUT:.0%} of {peak_per_s:.1f}/s, the peak",
+            f"{name}: at {TIMES:.0f} times the load at least {LEAST_GOODPUT:.0%} of the peak of {peak_per_s:.1f}/s",
             f"{ok_per_s:.1f}/s",
             ok_per_s >= LEAST_GOODPUT * peak_per_s,
         ),
