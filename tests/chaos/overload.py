@@ -23,6 +23,7 @@ TIMES = 10.0
 LEAST_GOODPUT = 0.9  # of the peak
 MOST_LATE = 0.05  # of those that are answered, in their number
 LEAST_SHARE = 0.25  # of the larger half that is answered, by that of the smaller
+LEAST_STEADY_PER_S = 2.0  # so that there is enough to judge by afterwards
 GROWTH_BYTES = 64 * 2**20
 LEAD_S = 10.0  # after which queues are full, and memory is what it will be
 
@@ -85,7 +86,7 @@ async def _drowned(name: str, flood: Flood, seconds: float) -> tuple[Run, list[T
                 span_s[1] = clock()
             records.extend(load.records)
 
-        run = await trial.run(drown, Rate(0.3 * peak_per_s, flood.timeout_s))
+        run = await trial.run(drown, Rate(max(LEAST_STEADY_PER_S, 0.3 * peak_per_s), flood.timeout_s))
     ok = [record for record in run.records if record.is_ok and span_s[0] <= record.end_s < span_s[1]]
     ok_per_s = len(ok) / (span_s[1] - span_s[0])
     late = sum(record.code == "DEADLINE_EXCEEDED" for record in records)
