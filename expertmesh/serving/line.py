@@ -11,44 +11,24 @@ class Line:
 
     Newer points count more (weighted least squares). As long as all were of about one size, size is taken to add
     nothing; neither number is ever below zero.
+
+    Args:
+        fades: Of its weight a point keeps so much when the next one comes in.
+
+    Attributes:
+        is_known: Whether there was any point.
+        mean_size: Of the points, as is everything else; 0 before the first.
+        mean_s: Their seconds.
+        is_spread: Whether sizes differed enough.
+        always_s: What is needed whatever the size.
+        unit_s: What each unit of size adds.
     """
 
     def __init__(self, fades: float = FADES) -> None:
         self._fades = fades
         self._weight = self._sizes = self._seconds = self._squares = self._products = 0.0
-
-    @property
-    def is_known(self) -> bool:
-        """Whether there was any point; nothing else may be asked before."""
-        return self._weight > 0
-
-    @property
-    def mean_size(self) -> float:
-        """Of the points."""
-        return self._sizes / self._weight
-
-    @property
-    def mean_s(self) -> float:
-        """Seconds of the points."""
-        return self._seconds / self._weight
-
-    @property
-    def is_spread(self) -> bool:
-        """Whether sizes differed enough."""
-        return self._variance >= LEAST_SPREAD * self.mean_size**2
-
-    @property
-    def always_s(self) -> float:
-        """What is needed whatever the size."""
-        return self.mean_s - self.unit_s * self.mean_size
-
-    @property
-    def unit_s(self) -> float:
-        """What each unit of size adds."""
-        if not self.is_spread:
-            return 0.0
-        slope = (self._products / self._weight - self.mean_size * self.mean_s) / self._variance
-        return min(max(slope, 0.0), self.mean_s / self.mean_size)
+        self.is_known = self.is_spread = False
+        self.mean_size = self.mean_s = self.always_s = self.unit_s = 0.0
 
     def add(self, size: float, seconds: float) -> None:
         """Takes in a point."""
@@ -57,6 +37,7 @@ class Line:
         self._seconds = self._fades * self._seconds + seconds
         self._squares = self._fades * self._squares + size * size
         self._products = self._fades * self._products + size * seconds
+        self._fit()
 
     def at(self, size: float) -> float:
         """Seconds of such a size."""
@@ -67,8 +48,15 @@ class Line:
         other, share = Line(self._fades), 1 / max(1.0, self._weight)
         other._weight, other._sizes, other._squares = share * self._weight, share * self._sizes, share * self._squares
         other._seconds, other._products = share * times * self._seconds, share * times * self._products
+        if self.is_known:
+            other._fit()
         return other
 
-    @property
-    def _variance(self) -> float:
-        return self._squares / self._weight - self.mean_size**2
+    def _fit(self) -> None:
+        self.is_known = True
+        self.mean_size, self.mean_s = self._sizes / self._weight, self._seconds / self._weight
+        variance = self._squares / self._weight - self.mean_size**2
+        self.is_spread = variance >= LEAST_SPREAD * self.mean_size**2
+        slope = (self._products / self._weight - self.mean_size * self.mean_s) / variance if self.is_spread else 0.0
+        self.unit_s = min(max(slope, 0.0), self.mean_s / self.mean_size)
+        self.always_s = self.mean_s - self.unit_s * self.mean_size
