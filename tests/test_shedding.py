@@ -291,7 +291,7 @@ def test_generation_answers_as_much_at_ten_times_the_load(room: int) -> None:
 def answered_tokens(per_s: float, seed: int, micro_batches: int, seconds: float) -> tuple[dict[int, Outcome], int]:
     """Sequences of 10, 20 and 40 tokens; by tokens what became of them, and tokens of those that were answered.
 
-    Their home has room for all, and steps of more than about 70 rows are too slow for 40 tokens within 4 s.
+    Their home has room for all, and steps of more than 88 rows are too slow for 40 tokens within 4 s.
     """
     dice = random.Random(seed)
     outcomes = {tokens: Outcome() for tokens in (10, 20, 40)}

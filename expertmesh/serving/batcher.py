@@ -126,7 +126,7 @@ class Batcher(Generic[WorkT, AnswerT]):
             time.monotonic(),
             missing=len(work),
         )
-        self._waiting.add(call)
+        self._waiting.add(call, characters)
         self._returns.came()
         if not self._is_starting:  # when all that arrived at the same time are here
             self._is_starting = True

@@ -38,9 +38,11 @@ class Durations:
         self._long_tokens.add(self._tokens_of(wish))
         self._bearable_s.add(bearable_s(wish.deadline))
 
-    def stepped(self, running: int, next_s: float) -> None:
-        """Takes in the time between two tokens of those that shared a step, where so many ran."""
-        self._next_s.add(running, next_s)
+    def stepped(self, running: int, decoding: Sequence[Generation]) -> None:
+        """Takes in a step that ended, where so many ran: how long those that have another token now waited for it."""
+        latest_s = [generation.latest_s for generation in decoding if generation.latest_s]
+        if latest_s:
+            self._next_s.add(running, time.monotonic() - sum(latest_s) / len(latest_s))
 
     def ended(self, generation: Generation) -> None:
         """Takes in a sequence that was done; one that was computed anew says nothing."""

@@ -251,7 +251,7 @@ class Lane:
     def _take_in(self, work: Sequence[Work], drawn: Sequence[TokenLogprobs], hows: Sequence[Provenance]) -> None:
         tokens = iter(drawn)
         ended = []
-        self._observe(work)
+        self._scheduler.durations.stepped(self.load, [piece.generation for piece in work if piece.rows == 1])
         for piece, provenance in zip(work, hows, strict=True):
             piece.generation.cached += piece.rows
             piece.generation.witnesses.add(provenance)
@@ -259,11 +259,6 @@ class Lane:
                 ended.append(piece.generation)
                 self._scheduler.durations.ended(piece.generation)
         self._release(ended)
-
-    def _observe(self, work: Sequence[Work]) -> None:
-        latest_s = [piece.generation.latest_s for piece in work if piece.rows == 1 and piece.generation.latest_s]
-        if latest_s:
-            self._scheduler.durations.stepped(self.load, time.monotonic() - sum(latest_s) / len(latest_s))
 
     def _divide(self, work: Sequence[Work], error: NotFinite) -> None:
         """Finds whose numbers are not finite, so that nobody else has to suffer for it; a step may be repeated."""

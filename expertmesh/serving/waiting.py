@@ -76,11 +76,11 @@ class Waiting(Generic[WorkT, AnswerT]):
         """Characters of a call's next text."""
         return self._weigh(call.work[call.taken])
 
-    def add(self, call: Call[WorkT, AnswerT]) -> None:
-        """All of a call's texts wait; its turn is after everybody's."""
+    def add(self, call: Call[WorkT, AnswerT], characters: int) -> None:
+        """All of a call's texts wait, which have so many characters; its turn is after everybody's."""
         self._turns[call] = self._ages[call] = None
         self.texts += len(call.work)
-        self.characters += sum(map(self._weigh, call.work))
+        self.characters += characters
 
     def remove(self, call: Call[WorkT, AnswerT]) -> None:
         """No text of a call waits any more."""
